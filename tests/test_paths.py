@@ -114,7 +114,7 @@ def test_an_object_store_that_does_not_answer(tmp_path, monkeypatch) -> None:
         (
             RuntimeError("Anonymous caller\nhas no access"),
             UserError,
-            r"gs://b/x: cannot be looked up \(RuntimeError",
+            r"gs://b/x: cannot be accessed \(RuntimeError",
         ),
     ):
 

@@ -53,7 +53,7 @@ def test_column_order_walks_down_the_columns():
 )
 def test_token_count_is_what_comes_out(kind, tokens):
     projector = make(kind)
-    assert projector.num_tokens(27) == tokens
+    assert projector.layers.num_tokens(27) == tokens
     assert jax.eval_shape(projector.__call__, jnp.ones((2, 729, 3))).shape == (2, tokens, 5)
 
 
@@ -92,5 +92,5 @@ def test_what_cannot_be_is_refused(arguments, message):
 
 
 def test_patches_that_are_no_square_are_refused():
-    with pytest.raises(ValueError, match="no square"):
+    with pytest.raises(ValueError, match="6 patches do not form a square grid"):
         make("mlp_downsample")(jnp.ones((1, 6, 3)))

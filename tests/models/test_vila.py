@@ -85,10 +85,11 @@ def test_every_image_stands_in_its_place(model):
     graphdef, params = model
     data = batch()
     built = build.merge(graphdef, params)
-    assert built.num_image_tokens == TOKENS == model_config_lib.resolve(model_config()).tokens_per_image
+    assert model_config_lib.resolve(model_config()).tokens_per_image == TOKENS
     got = embed(model, data)
     text = np.array(built.llm.embed(data.tokens))
     encode = jax.jit(built.encode_images)
+    assert encode(data.images[0]).shape[1] == TOKENS
     for row, group, slot, start in ((0, 0, 1, 2), (1, 0, 0, 10), (3, 1, 2, 0)):
         alone = encode(data.images[group, slot][None])[0]
         np.testing.assert_allclose(got[row, start : start + TOKENS], alone, atol=1e-5)

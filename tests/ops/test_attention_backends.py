@@ -108,7 +108,7 @@ def test_the_first_that_supports_a_call_is_chosen(call, name):
             call_on("gpu", query_shards=2),
             [
                 "splash: is a kernel for TPUs, and the devices are gpu",
-                "cudnn: takes whole rows; set activation_rules.queries to ''",
+                "cudnn: supports only whole rows; set activation_rules.queries to ''",
                 "xla: supported",
             ],
         ),
@@ -235,7 +235,7 @@ def test_a_later_backend_replaces_an_earlier_one_of_its_name(registry):
 def test_an_entry_point_is_loaded_once(registry, monkeypatch):
     loads = []
     entry = types.SimpleNamespace(name="toy", load=lambda: loads.append(Toy()) or loads[-1])
-    monkeypatch.setattr(backends, "_entry_points", lambda: [entry])
+    monkeypatch.setattr(backends.importlib.metadata, "entry_points", lambda group: [entry])
     backends.check_choice("toy")
     assert "toy" in backends.names() and backends.explain(call_on("cpu"))[0].startswith("toy:")
     self_attention(causal=True)(*inputs())

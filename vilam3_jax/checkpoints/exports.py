@@ -124,7 +124,7 @@ def write_export(
     resume: Mapping[str, Any] | None = None,
     verify: Placement | None = None,
 ) -> None:
-    """Writes an export part by part into `.<name>.partial` beside `out`, then moves it there.
+    """Writes an export part by part into `.<name>.partial` beside `out`, then renames it.
 
     All processes call it together. After an error nothing is left; the next call clears what an interrupted
     one left, or continues it if `resume` is the same.
@@ -238,19 +238,15 @@ def _write_part(
     if processes.is_primary_process():
         folder.rmtree(missing_ok=True)
     processes.barrier(f"part {folder}")
-    digests = _save(folder, {leaf.key: make(leaf) for leaf in part}, verify)
+    arrays = {leaf.key: make(leaf) for leaf in part}
+    with ThreadPoolExecutor(1) as pool, ocp.Context(array_options=UNCOMPRESSED):
+        hashing = {key: pool.submit(_digest, array) for key, array in arrays.items() if verify}
+        ocp.save(folder, arrays)
+        digests = {key: digest.result() for key, digest in hashing.items()}
+    del arrays, hashing
     _free(sum(leaf.bytes for leaf in part))
     paths.write_text_atomic(journal, json.dumps(digests))
     return digests
-
-
-def _save(folder: epath.Path, arrays: dict[str, Any], verify: bool) -> dict[str, str]:
-    with ThreadPoolExecutor(1) as pool, ocp.Context(array_options=UNCOMPRESSED):
-        hashing = pool.submit(
-            lambda: {key: _digest(array) for key, array in arrays.items()} if verify else {}
-        )
-        ocp.save(folder, arrays)
-        return hashing.result()
 
 
 def _free(size: int) -> None:
@@ -310,12 +306,11 @@ def _finish(
 
 
 def _replace_folder(new: epath.Path, out: epath.Path) -> None:
-    old = None
-    if out.exists():
-        old = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.old"
+    old = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.old"
+    if replaced := out.exists():
         out.rename(old)
     new.rename(out)
-    if old is not None:
+    if replaced:
         shutil.rmtree(old) if "://" not in str(old) else old.rmtree()
 
 
@@ -386,8 +381,8 @@ def stored_rows(export: paths.PathLike) -> dict[str, list[StoredRows]]:
 
 def parameter_shape(ranges: Sequence[StoredRows]) -> tuple[int, ...]:
     """Shape of the whole parameter."""
-    first, last = ranges[0].shape, ranges[-1]
-    return (last.start + last.shape[0], *first[1:]) if len(ranges) > 1 else first
+    last = ranges[-1]
+    return (last.start + last.shape[0], *last.shape[1:]) if last.start else last.shape
 
 
 def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[str] = ()) -> Flat:

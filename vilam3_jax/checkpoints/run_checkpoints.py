@@ -58,7 +58,7 @@ class Restored(NamedTuple):
 
 
 class RunCheckpoints:
-    """Step directories of one run under `<workdir>/checkpoints`; all processes call every method alike."""
+    """Step directories of one run under `<workdir>/checkpoints`; all processes must call every method."""
 
     def __init__(self, workdir: paths.PathLike, kept: int = 2, kept_every: int = 0) -> None:
         """Opens or creates the folder.

@@ -1,1 +1,1 @@
-"""Model families in Flax NNX, used functionally: one family a file."""
+"""Model families in Flax NNX, one per file, used functionally."""

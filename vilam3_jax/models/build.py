@@ -1,4 +1,4 @@
-"""How models are built: their structure, random parameters, and their sharding rules."""
+"""Structure, random parameters and sharding rules of models."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ MODELS = {"generative": Vila, "contrastive": TwoTower}  # by task
 
 
 def build(cfg: Any, task: str, key: jax.Array) -> nnx.Module:
-    """Makes a model with random parameters.
+    """Makes a model with random parameters; LoRA has its own stream, so the others do not depend on its rank.
 
     Args:
-      cfg: `config.model`, a `ModelConfig` or what `resolve` makes one of.
+      cfg: `config.model`: a `ModelConfig`, ConfigDict or JSON.
       task: a key of `MODELS`.
-      key: random key; LoRA draws from its own stream, so base parameters do not depend on the rank.
+      key: random key.
 
     Raises:
-      UserError: unknown task or family, or sizes that do not fit.
+      UserError: unknown task or family, or incompatible sizes.
     """
     if task not in MODELS:
         raise UserError(f"task {task!r} is unknown; choose from {sorted(MODELS)}")
@@ -40,20 +40,15 @@ def abstract_model(cfg: Any, task: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
 
 def init_params(cfg: Any, task: str, key: jax.Array) -> dict[str, Any]:
-    """Random parameters as a nested dict.
-
-    Pure: jit it with `out_shardings`, and every device makes only its own part.
-    """
+    """Random parameters as a nested dict; under jit with `out_shardings` each device makes only its part."""
     return compat.split(build(cfg, task, key))[1]
 
 
-def merge(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Any:
-    """The model of `graphdef` with `params`, nested as `abstract_model` and `init_params` return them."""
-    return compat.merge(graphdef, params)
+merge = compat.merge  # (graphdef, params) → model; both as `abstract_model` and `init_params` return them
 
 
 def parameter_rules(cfg: Any, task: str) -> ParameterRules:
-    """The families' own sharding rules, for `sharding.mesh.parameter_shardings`."""
+    """The sharding rules of a model's families, for `sharding.mesh.parameter_shardings`."""
     model = resolve(cfg)
     tower = families.get("vision_tower", model.vision_tower.type).parameter_rules
     parts: dict[str, ParameterRules] = {"vision_tower": tower}

@@ -1,22 +1,24 @@
 """The decoder-only language model that all LLM families share; a family supplies the layer.
 
-Inputs are embeddings, so that image tokens can be placed among text. The same layers run over packed rows
-(training) and over rows with a KV cache (generation); see `DecoderLayer`.
+Inputs are embeddings, so that image tokens can be inserted. The same layers run over packed rows (training)
+and over rows with a KV cache (generation); see `DecoderLayer`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, cast
+from functools import partial
+from typing import Any, NamedTuple, Protocol, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.models.layers import Embed, Linear, RMSNorm, remat_layer, scan_layers
+from vilam3_jax.models.layers import Embed, Init, Linear, RMSNorm, StackInit, remat_layer, scan_layers
 from vilam3_jax.ops.attention import MaskInfo, attention
 from vilam3_jax.runtime import compat
 from vilam3_jax.runtime.settings import Section, setting
@@ -28,7 +30,7 @@ INIT = jax.nn.initializers.normal(0.02)
 
 Cache = dict[str, jax.Array]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, see `rope_tables`
-# q [B, L, H, hd], k and v [B, L, K, hd] -> (attended [B, L, H, hd], what the pass carries on)
+# q [B, L, H, hd], k and v [B, L, K, hd] -> (attended [B, L, H, hd], new cache or None)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -50,21 +52,14 @@ PARAMETER_RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(Section):
-    """What the sections of all LLM families have.
+    """Fields of the sections of all LLM families.
+
+    Shapes call vocab_size V, hidden_size D, num_heads (of queries) H, num_kv_heads K and head_dim hd.
 
     Attributes:
-      type: name of the family.
-      vocab_size: V, rows of the embedding table.
-      hidden_size: D.
-      num_layers: decoder layers.
-      num_heads: query heads H.
-      num_kv_heads: key and value heads K.
-      head_dim: hd.
-      mlp_dim: width of the gated MLP.
-      norm_eps: epsilon of the norms.
-      max_positions: context length that the weights were trained for; only exports state it.
+      max_positions: context length that the weights were trained for; written to exports only.
       tie_embeddings: whether the head is the transposed embedding table.
-      lora_rank: of the adapters; 0 for none.
+      lora_rank: rank of the adapters; 0 for none.
       lora_alpha: scale of the adapters times their rank.
       lora_targets: projections with adapters.
     """
@@ -114,13 +109,10 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | N
       scaling: None, or a mapping with `type`. 'linear' divides all frequencies by `factor`. 'llama3'
         (Llama 3.1) divides those by `factor` whose wavelength exceeds
         `original_max_positions / low_freq_factor`, keeps those whose wavelength is less than
-        `original_max_positions / high_freq_factor`, and interpolates in between.
+        `original_max_positions / high_freq_factor`, and interpolates in between. UserError for other types.
 
     Returns:
       float32 [head_dim / 2].
-
-    Raises:
-      UserError: unknown type.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(1) / np.float32(theta) ** exponents
@@ -139,15 +131,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | N
 
 
 def rope_tables(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of rotary positions.
-
-    Args:
-      positions: int [B, L].
-      frequencies: float32 [head_dim / 2], from `rope_frequencies`.
-
-    Returns:
-      Two float32 arrays [B, L, 1, head_dim / 2].
-    """
+    """Cosines and sines, float32 [B, L, 1, hd / 2], of positions [B, L] and frequencies [hd / 2]."""
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -162,70 +146,93 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    # TPUs move half a head across lanes slowly; multiplying by a permutation is nearly free, and exact with
-    # bfloat16 factors.
+    # TPUs move half a head across lanes slowly; a product with a permutation is nearly free, and exact in
+    # bfloat16.
     half = x.shape[-1] // 2
     turn = np.kron([[0, 1], [-1, 0]], np.eye(half))  # (first, second) -> (-second, first)
     turned = jnp.einsum("blhd,de->blhe", x, jnp.asarray(turn, x.dtype), preferred_element_type=jnp.float32)
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
-def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Any]:
-    return _rotate(x, cos, sin), (cos, sin)
-
-
-def _rotate_backward(kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    cos, sin = kept
-    return _rotate(gradient, cos, -sin), None, None
-
-
-_rotate.defvjp(_rotate_forward, _rotate_backward)
+_rotate.defvjp(
+    lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
+    lambda kept, gradient: (_rotate(gradient, kept[0], -kept[1]), None, None),
+)
 
 
 class LayerKind(NamedTuple):
-    """What differs between the layers of a model, apart from parameters.
+    """Differences between the layers of a model, apart from parameters."""
 
-    Attributes:
-      window: keys that a token sees, itself included; None for all earlier ones.
-      rope: index of its table of rotary frequencies.
-    """
-
-    window: int | None = None
-    rope: int = 0
+    window: int | None = None  # keys that a token attends to, itself included; None for all earlier ones
+    rope: int = 0  # index of the table of rotary frequencies
 
 
 class DecoderLayer(Protocol):
-    """A layer: `layer(x, rope, attend) -> (x, carried)` with x [B, L, D].
-
-    It projects q, k and v, rotates q and k, and calls `attend`, which knows about packing or the KV cache and
-    returns something to carry on, such as the new cache.
-    """
+    """Projects q, k and v, rotates q and k, and calls `attend`, which handles packing or the KV cache."""
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
-        """Returns the new x and what `attend` carried on."""
+        """Returns the new x [B, L, D] and the second result of `attend`."""
         ...
 
 
-def lora_linear(
-    cfg: DecoderConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: tuple[int, ...]
-) -> Callable[..., Linear]:
+def lora_linear(cfg: DecoderConfig, **init: Unpack[StackInit]) -> Callable[..., Linear]:
     """Returns `linear(name, in, out, use_bias=False)`, with LoRA on the projections that `cfg` targets."""
 
     def linear(name: str, in_features: Any, out_features: Any, use_bias: bool = False) -> Linear:
-        return Linear(
-            in_features,
-            out_features,
-            rngs=rngs,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=INIT,
-            use_bias=use_bias,
-            stack=stack,
-            lora_rank=cfg.lora_rank if name in cfg.lora_targets else 0,
-            lora_alpha=cfg.lora_alpha,
-        )
+        rank = cfg.lora_rank if name in cfg.lora_targets else 0
+        lora: dict[str, Any] = dict(lora_rank=rank, lora_alpha=cfg.lora_alpha)
+        return Linear(in_features, out_features, kernel_init=INIT, use_bias=use_bias, **lora, **init)
 
     return linear
+
+
+class GroupedQueryAttention(nnx.Module):
+    """Grouped-query self-attention (arXiv:2305.13245) with rotary embeddings.
+
+    `qk_norm(head_dim)` makes the norms of query and key heads; None for no norms.
+    """
+
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        linear: Callable[..., Linear],
+        qk_norm: Callable[[int], nnx.Module] | None = None,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+    ):
+        heads, kv_heads = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, cfg.head_dim)
+        self.q = linear("q", cfg.hidden_size, heads, qkv_bias)
+        self.k = linear("k", cfg.hidden_size, kv_heads, qkv_bias)
+        self.v = linear("v", cfg.hidden_size, kv_heads, qkv_bias)
+        self.o = linear("o", heads, cfg.hidden_size, o_bias)
+        self.q_norm: Any = None if qk_norm is None else qk_norm(cfg.head_dim)
+        self.k_norm: Any = None if qk_norm is None else qk_norm(cfg.head_dim)
+
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
+        """[B, L, D] -> [B, L, D]."""
+        q = shard(self.q(x), "batch", "length", "heads", None)
+        k = shard(self.k(x), "batch", "length", "kv_heads", None)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        v = shard(self.v(x), "batch", "length", "kv_heads", None)
+        attended, carried = attend(*(checkpoint_name(y, "qkv") for y in (q, k, v)))
+        return self.o(shard(attended, "batch", "length", "heads", None)), carried
+
+
+class GatedMLP(nnx.Module):
+    """Gated MLP; with SiLU it is SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, cfg: DecoderConfig, linear: Callable[..., Linear], activation: Any = jax.nn.silu):
+        self.activation = activation
+        self.gate = linear("gate", cfg.hidden_size, cfg.mlp_dim)
+        self.up = linear("up", cfg.hidden_size, cfg.mlp_dim)
+        self.down = linear("down", cfg.mlp_dim, cfg.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = checkpoint_name(shard(self.gate(x), "batch", "length", "mlp"), "mlp")
+        up = checkpoint_name(shard(self.up(x), "batch", "length", "mlp"), "mlp")
+        return self.down(self.activation(gate) * up)
 
 
 class Decoder(nnx.Module):
@@ -244,40 +251,32 @@ class Decoder(nnx.Module):
         kinds: tuple[LayerKind, ...],
         frequencies: tuple[np.ndarray, ...],
         attention_scale: float | None = None,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        param_dtype: Any,
         remat: str,
+        **init: Unpack[Init],
     ):
         """Builds the model.
 
         Args:
-          cfg: `config.model.llm`.
-          layer: makes the stacked layers: `layer(cfg, stack=..., rngs=..., dtype=..., param_dtype=...)`.
-          norm: of the last hidden state.
-          embed: makes the embedding table.
-          kinds: of every layer.
+          cfg: the section `model.llm`.
+          layer: class of the stacked layers, called with (cfg, **init).
+          norm: class of the final norm.
+          embed: class of the embedding table.
+          kinds: kind of every layer.
           frequencies: rotary tables that `LayerKind.rope` indexes, float32 [head_dim / 2] each.
           attention_scale: multiplies the scores; 1/sqrt(head_dim) by default.
-          rngs: random streams of the parameters.
-          dtype: of activations.
-          param_dtype: of parameters.
           remat: see `layers.remat_layer`.
+          **init: see `layers.Init`.
         """
         self.remat, self.kinds, self.attention_scale = remat, kinds, attention_scale
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = jnp.dtype(init["dtype"])
         # Tuples, because static attributes must be hashable.
         self.frequencies = tuple(tuple(table.tolist()) for table in frequencies)
         self.cache_shape = (cfg.num_kv_heads, cfg.head_dim)
-        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.embed = embed(cfg.vocab_size, cfg.hidden_size, **kwargs)
-        self.layers = layer(cfg, stack=(cfg.num_layers,), **kwargs)
-        self.final_norm = norm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.lm_head = (
-            None
-            if cfg.tie_embeddings
-            else Linear(cfg.hidden_size, cfg.vocab_size, kernel_init=INIT, use_bias=False, **kwargs)
-        )
+        self.embed = embed(cfg.vocab_size, cfg.hidden_size, **init)
+        self.layers: Any = layer(cfg, stack=(cfg.num_layers,), **init)
+        self.final_norm = norm(cfg.hidden_size, eps=cfg.norm_eps, **init)
+        head = partial(Linear, cfg.hidden_size, cfg.vocab_size, kernel_init=INIT, use_bias=False)
+        self.lm_head = None if cfg.tie_embeddings else head(**init)
 
     def head_kernel(self) -> Any:
         """Matrix [D, V] of the head, an array or a `Weight`; the transposed embedding table if tied."""
@@ -289,17 +288,15 @@ class Decoder(nnx.Module):
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def __call__(self, embeds: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """Packed rows without a cache.
+        """Packed rows without a cache: [B, L, D] -> [B, L, D] after the final norm.
 
         Args:
           embeds: [B, L, D].
-          segment_ids: int [B, L]; tokens see earlier tokens of their own segment; 0 is padding.
+          segment_ids: int [B, L]; tokens attend to earlier tokens of their segment; 0 is padding, where the
+            result is arbitrary but finite.
           positions: int [B, L], rotary positions, which restart in each segment.
-
-        Returns:
-          [B, L, D] after the final norm; meaningless but finite at padding.
         """
-        graphdef, params = compat.split(cast(nnx.Module, self.layers))
+        graphdef, params = compat.split(self.layers)
         ropes = self._ropes(positions)
 
         def body(x: jax.Array, layer: Any, kind: LayerKind) -> jax.Array:
@@ -327,9 +324,9 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Continues rows whose earlier tokens are cached: whole prefill, chunked prefill and single steps.
 
-        Token i of row b goes to slot `write_at[b] + i` and sees slots 0 .. `write_at[b] + i`. A chunk
-        shorter than Q is padded on the right: advance `write_at` by its true length, and the next call
-        overwrites the padding. Writes beyond the cache are dropped.
+        Token i of row b is written to slot `write_at[b] + i` and attends to slots up to it. A chunk shorter
+        than Q is padded on the right: advance `write_at` by its true length, and the next call overwrites the
+        padding. Writes beyond the cache are dropped.
 
         Args:
           embeds: [B, Q, D].
@@ -340,7 +337,7 @@ class Decoder(nnx.Module):
         Returns:
           (hidden [B, Q, D] after the final norm, the new cache).
         """
-        graphdef, params = compat.split(cast(nnx.Module, self.layers))
+        graphdef, params = compat.split(self.layers)
         ropes = self._ropes(positions)
         slots = write_at[:, None] + jnp.arange(embeds.shape[1])[None]
         rows = jnp.arange(embeds.shape[0])[:, None]
@@ -351,20 +348,15 @@ class Decoder(nnx.Module):
             params, index = layer
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
-                # 'drop', because padding of a row near its end may lie beyond the cache; clamping would
-                # overwrite real slots.
+                # 'drop': padding may lie beyond the cache, and clamping would overwrite real slots.
                 written = {
                     "k": cache["k"].at[index, rows, slots].set(k.astype(cache["k"].dtype), mode="drop"),
                     "v": cache["v"].at[index, rows, slots].set(v.astype(cache["v"].dtype), mode="drop"),
                 }
                 keys = jax.lax.dynamic_index_in_dim(written["k"], index, keepdims=False).astype(q.dtype)
                 values = jax.lax.dynamic_index_in_dim(written["v"], index, keepdims=False).astype(q.dtype)
-                mask = MaskInfo(
-                    q_positions=slots,
-                    kv_positions=jnp.arange(keys.shape[1])[None],
-                    causal=True,
-                    window=kind.window,
-                )
+                where: dict[str, Any] = dict(q_positions=slots, kv_positions=jnp.arange(keys.shape[1])[None])
+                mask = MaskInfo(**where, causal=True, window=kind.window)
                 return attention(q, keys, values, mask, scale=self.attention_scale), written
 
             return compat.merge(graphdef, params)(x, ropes[kind.rope], attend)

@@ -8,56 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.models.hugging_face import (
-    KEEP,
-    TRANSPOSE,
-    Layout,
-    TensorRule,
-    number,
-    size,
-    stacked,
-    subsection,
-)
+from vilam3_jax.models import hugging_face as hf
+from vilam3_jax.models.hugging_face import KEEP, TRANSPOSE, Layout, TensorRule, number, size, subsection
 
 ROPE_TYPES = ("linear", "llama3")
 _ROPE_KEYS = (
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
+    *("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
     "original_max_position_embeddings",
 )
+# Fields of `DecoderConfig` → keys of config.json.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_dim": "intermediate_size",
+}
 
 logger = logging.getLogger(__name__)
 
 
 def read_sizes(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The fields of `DecoderConfig` that config.json holds under the same keys for all decoders."""
+    """The fields of `DecoderConfig` that have the same keys in the config.json of all decoders."""
     heads, hidden = size(values, "num_attention_heads", where), size(values, "hidden_size", where)
-    return {
-        "vocab_size": size(values, "vocab_size", where),
-        "hidden_size": hidden,
-        "num_layers": size(values, "num_hidden_layers", where),
-        "num_heads": heads,
-        "num_kv_heads": size(values, "num_key_value_heads", where, heads),
-        "head_dim": size(values, "head_dim", where, hidden // heads),
-        "mlp_dim": size(values, "intermediate_size", where),
-        "norm_eps": number(values, "rms_norm_eps", where, 1e-6),
-    }
+    sizes = hf.read_sizes(values, where, _SIZES, {"num_kv_heads": heads, "head_dim": hidden // heads})
+    return {**sizes, "norm_eps": number(values, "rms_norm_eps", where, 1e-6)}
 
 
 def write_sizes(llm: Any, dtype: str) -> dict[str, Any]:
     """The inverse of `read_sizes`, with the keys that transformers 4 and 5 and VILA read."""
     return {
-        "vocab_size": llm.vocab_size,
-        "hidden_size": llm.hidden_size,
-        "num_hidden_layers": llm.num_layers,
-        "num_attention_heads": llm.num_heads,
-        "num_key_value_heads": llm.num_kv_heads,
-        "head_dim": llm.head_dim,
-        "intermediate_size": llm.mlp_dim,
+        **hf.write_sizes(llm, _SIZES),
         "rms_norm_eps": llm.norm_eps,
         "max_position_embeddings": llm.max_positions,
         "tie_word_embeddings": llm.tie_embeddings,
@@ -75,11 +58,11 @@ def read_rope(values: Mapping[str, Any], where: Path, default_theta: float) -> d
     """`rope_theta` and `rope_scaling` of a decoder with one rotary table.
 
     transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`. As in
-    transformers, `rope_scaling` replaces `rope_parameters`, and a theta inside either replaces `rope_theta`.
+    transformers, `rope_scaling` takes precedence over `rope_parameters`, and their theta over `rope_theta`.
 
     Raises:
-      UserError: parameters by layer type, a type that is not supported, or `rope_scaling` and
-        `rope_parameters` with different meanings.
+      UserError: parameters by layer type, an unsupported type, or contradicting `rope_scaling` and
+        `rope_parameters`.
     """
 
     def reading(key: str) -> dict[str, Any] | None:
@@ -107,28 +90,23 @@ def read_rope(values: Mapping[str, Any], where: Path, default_theta: float) -> d
         return {"rope_theta": number(outer, "rope_theta", where, default_theta), "rope_scaling": None}
     if outer["rope_theta"] not in (None, found["rope_theta"]):
         key = "rope_scaling" if scaling else "rope_parameters"
-        logger.warning(
-            "%s: rope_theta=%s contradicts rope_theta=%s in %s; the latter is used, as in transformers",
-            where,
-            outer["rope_theta"],
-            found["rope_theta"],
-            key,
-        )
+        notice = "%s: rope_theta=%s contradicts rope_theta=%s in %s; the latter is used, as in transformers"
+        logger.warning(notice, where, outer["rope_theta"], found["rope_theta"], key)
     return found
 
 
 def read_scaling(
     values: Mapping[str, Any], where: str, max_positions: int | None = None
 ) -> dict[str, Any] | None:
-    """Rotary scaling of config.json in our fields; None for none.
+    """Translates `rope_scaling` or `rope_parameters`; None for no scaling.
 
     Args:
-      values: `rope_scaling` or `rope_parameters`.
-      where: names them in errors.
-      max_positions: of the model, default of `original_max_position_embeddings`.
+      values: the JSON object.
+      where: its name in errors.
+      max_positions: default of `original_max_position_embeddings`.
 
     Raises:
-      UserError: a type or a key that is not supported.
+      UserError: an unsupported type or key.
     """
     kind = values.get("rope_type") or values.get("type") or "default"
     unknown = {
@@ -163,23 +141,18 @@ def write_rope(llm: Any) -> dict[str, Any]:
     found = {"rope_theta": llm.rope_theta, "rope_parameters": {"rope_theta": llm.rope_theta, **scaling}}
     if llm.rope_scaling:
         if scaling["rope_type"] == "linear":
-            # transformers 4.37, which VILA-1.5 uses, knows 'linear' only, under the older name.
+            # transformers 4.37, which VILA-1.5 uses, supports only 'linear', under the older name.
             scaling = {"type": "linear", "factor": scaling["factor"]}
         found["rope_scaling"] = scaling
     return found
 
 
 def decoder_tensors(llm: Any, layer: Iterable[tuple[str, str, Layout]]) -> list[TensorRule]:
-    """Tensors of a decoder: embedding, layers, final norm and, unless tied, head.
-
-    Args:
-      llm: section of the model.
-      layer: see `hugging_face.stacked`.
-    """
+    """Tensors of a decoder with rows `layer` for each layer, see `hugging_face.stacked`."""
     rules = [
         TensorRule("llm/embed/embedding", ("model.embed_tokens.weight",), KEEP),
         TensorRule("llm/final_norm/scale", ("model.norm.weight",), KEEP),
-        *stacked("llm/layers", "model.layers", llm.num_layers, layer),
+        *hf.stacked("llm/layers", "model.layers", llm.num_layers, layer),
     ]
     if not llm.tie_embeddings:
         rules.append(TensorRule("llm/lm_head/kernel", ("lm_head.weight",), TRANSPOSE))
@@ -187,12 +160,7 @@ def decoder_tensors(llm: Any, layer: Iterable[tuple[str, str, Layout]]) -> list[
 
 
 def projections(biased: str = "", normed: str = "") -> list[tuple[str, str, Layout]]:
-    """Rows of a layer's attention and gated MLP.
-
-    Args:
-      biased: which of q, k, v and o have a bias.
-      normed: which of q and k have a norm.
-    """
+    """Rows of attention and gated MLP; `biased` and `normed` list the projections with a bias or a norm."""
     return [
         *((f"attn/{name}/kernel", f"self_attn.{name}_proj.weight", TRANSPOSE) for name in "qkvo"),
         *((f"attn/{name}/bias", f"self_attn.{name}_proj.bias", KEEP) for name in biased),

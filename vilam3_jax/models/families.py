@@ -1,7 +1,7 @@
 """The registry of model families: language models and vision towers, one file each.
 
-A family from another package is added by `register`, or by an entry point of the group
-`vilam3.model_families`; see docs/add_your_own_model.md.
+Other packages add families with `register`, or with an entry point of the group `vilam3.model_families`; see
+docs/add_your_own_model.md.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ ParameterRules = tuple[tuple[Any, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceLayout:
-    """A family's layout on the Hugging Face hub, in both directions.
+    """A family's layout on the Hugging Face hub, for import and export.
 
     Attributes:
       model_types: values of `model_type` in config.json.
       read_config: (content of config.json, its path, tensor name → shape) → the family's section.
       write_config: (section, dtype of the weights) → config.json, which `read_config` reads back.
-      tensors: section → where each parameter is stored; paths start with the component.
+      tensors: section → rules of all parameters; paths start with the component.
       unused: tensor names → name → reason, for tensors that are not read.
       preprocessor: section → preprocessor_config.json; None for a language model.
-      rename: tensor names of a folder → the names that `tensors` uses.
-      prefix: of the names that are written.
+      rename: tensor names of a folder → the names in `tensors`.
+      prefix: prefix of exported tensor names.
     """
 
     model_types: tuple[str, ...]
@@ -57,11 +57,9 @@ class ModelFamily:
 
     Attributes:
       name: `type` of its section.
-      component: 'llm' or 'vision_tower', where it is in a model and first name of its paths.
+      component: 'llm' or 'vision_tower', the first name of its parameter paths.
       config: class of its section.
-      module: `module(config, rngs=, dtype=, param_dtype=, remat=)`.
-      parameter_rules: sharding of its parameters.
-      hugging_face: its layout on the hub.
+      module: class of the model: `module(config, rngs=, dtype=, param_dtype=, remat=)`.
       patches: for a tower: config → positions in its blocks, class token included.
       attention_windows: for a language model: config → window of every layer, None for full attention.
     """
@@ -80,17 +78,13 @@ _registry: dict[tuple[str, str], ModelFamily] = {}
 
 
 def register(family: ModelFamily) -> ModelFamily:
-    """Adds a family; a later one replaces an earlier one of the same name."""
+    """Adds a family, or replaces the one of the same name."""
     _registry[family.component, family.name] = family
     return family
 
 
 def get(component: str, name: str) -> ModelFamily:
-    """The family that a section's `type` names.
-
-    Raises:
-      UserError: there is none; lists those there are.
-    """
+    """The family that a section's `type` names; raises UserError with the known names if there is none."""
     _load(name)
     if (component, name) not in _registry:
         raise UserError(f"model.{component}.type={name!r} is unknown; choose from {names(component)}")
@@ -121,7 +115,7 @@ def config_of(component: str, section: Mapping[str, Any]) -> Section:
 
 
 def _load(name: str = "") -> None:
-    """Imports built-in families and entry points; of `name` alone if it is given and built in."""
+    """Imports built-in families and entry points, or only the built-in family `name`."""
     if any(known == name for _, known in _registry):
         return
     for module in (name,) if name in _BUILT_IN else _BUILT_IN:

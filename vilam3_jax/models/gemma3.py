@@ -11,12 +11,11 @@ import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import decoder_layout, families
@@ -25,19 +24,20 @@ from vilam3_jax.models.decoder import (
     Attend,
     Decoder,
     DecoderConfig,
+    GatedMLP,
+    GroupedQueryAttention,
     LayerKind,
     Rope,
-    apply_rope,
     lora_linear,
     rope_frequencies,
 )
 from vilam3_jax.models.hugging_face import KEEP, TensorRule, number, refuse, size, subsection, whole
-from vilam3_jax.models.layers import Embed
+from vilam3_jax.models.layers import Embed, RMSNorm, StackInit
 from vilam3_jax.runtime.settings import setting
 from vilam3_jax.sharding.logical_axes import shard
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-_PATTERN = 6  # by default every sixth layer attends to everything
+_PERIOD = 6  # by default every sixth layer has full attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Gemma3Config(DecoderConfig):
 
     Attributes:
       rope_theta: base of the rotary frequencies of layers with full attention.
-      rope_scaling: of those frequencies, see `decoder.rope_frequencies`.
+      rope_scaling: scaling of these frequencies, see `decoder.rope_frequencies`.
       local_rope_theta: base of the frequencies of layers with a sliding window.
-      local_rope_scaling: of those frequencies.
-      sliding_window: keys that a token sees in these layers, itself included.
-      layer_types: 'sliding_attention' or 'full_attention' for each layer; empty for five of the first, then
-        one of the second, repeated.
-      query_scale: s, where scores are multiplied by s**-0.5 (`query_pre_attn_scalar`).
+      local_rope_scaling: scaling of these frequencies.
+      sliding_window: keys that a token attends to in layers with a window, itself included.
+      layer_types: 'sliding_attention' or 'full_attention' for each layer; empty for full attention in every
+        sixth.
+      query_scale: scores are multiplied by query_scale**-0.5 (`query_pre_attn_scalar`).
     """
 
     rope_theta: float = 1_000_000.0
@@ -67,8 +67,7 @@ class Gemma3Config(DecoderConfig):
         """Fills in and checks the types of the layers."""
         super().validate()
         if not self.layer_types:
-            types = (_FULL if (i + 1) % _PATTERN == 0 else _SLIDING for i in range(self.num_layers))
-            object.__setattr__(self, "layer_types", tuple(types))
+            object.__setattr__(self, "layer_types", _layer_types(self.num_layers, _PERIOD))
         if len(self.layer_types) != self.num_layers or not set(self.layer_types) <= {_SLIDING, _FULL}:
             raise UserError(
                 f"config model.llm.layer_types={self.layer_types}: give {_SLIDING!r} or {_FULL!r} for each "
@@ -81,85 +80,47 @@ class Gemma3Config(DecoderConfig):
         return tuple(self.sliding_window if kind == _SLIDING else None for kind in self.layer_types)
 
 
-class Gemma3RMSNorm(nnx.Module):
-    """Root-mean-square norm whose scale is stored as its distance from 1; computed in float32."""
+class Gemma3RMSNorm(RMSNorm):
+    """Root-mean-square norm whose stored scale is its difference from 1; computed in float32."""
 
-    def __init__(self, width: int, *, eps: float, dtype: Any, param_dtype: Any, stack: tuple[int, ...] = ()):
-        self.eps, self.dtype = float(eps), jnp.dtype(dtype)
-        self.scale = nnx.Param(jnp.zeros((*stack, width), param_dtype))
+    def __init__(self, width: int, *, eps: float, **init: Unpack[StackInit]):
+        super().__init__(width, eps=eps, **init)
+        self.scale = nnx.Param(jnp.zeros((*init.get("stack", ()), width), init["param_dtype"]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
-        return (x * (1 + self.scale[...].astype(jnp.float32))).astype(self.dtype)
+        return (self.normalise(x) * (1 + self.scale[...].astype(jnp.float32))).astype(self.dtype)
 
 
 class Gemma3Embed(Embed):
-    """Embedding table whose rows are multiplied by sqrt(width), a factor rounded to the type of the weights.
+    """Embedding table whose rows are multiplied by sqrt(width), rounded to the dtype of the activations.
 
-    Image tokens, which do not come from the table, are not scaled; nor is the table as a tied head.
+    Image tokens, which do not come from the table, and the table as a tied head are not scaled.
     """
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        table = self.embedding.get_value()
-        factor = jnp.asarray(table.shape[-1] ** 0.5, self.dtype)
-        return super().__call__(ids) * factor
+        embeds = super().__call__(ids)
+        return embeds * jnp.asarray(embeds.shape[-1] ** 0.5, self.dtype)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
 
 
 class Gemma3Layer(nnx.Module):
     """Decoder layer with a norm before and after attention and MLP."""
 
-    def __init__(
-        self, cfg: Gemma3Config, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: tuple[int, ...] = ()
-    ):
-        linear = lora_linear(cfg, rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
-        norm = partial(Gemma3RMSNorm, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype, stack=stack)
-        self.attn_norm = norm(cfg.hidden_size)
-        self.attn = Gemma3Attention(cfg, linear, norm)
-        self.post_attn_norm = norm(cfg.hidden_size)
-        self.mlp_norm = norm(cfg.hidden_size)
-        self.mlp = Gemma3MLP(cfg, linear)
-        self.post_mlp_norm = norm(cfg.hidden_size)
+    def __init__(self, cfg: Gemma3Config, **init: Unpack[StackInit]):
+        linear, norm = lora_linear(cfg, **init), partial(Gemma3RMSNorm, eps=cfg.norm_eps, **init)
+        self.attn_norm, self.post_attn_norm = norm(cfg.hidden_size), norm(cfg.hidden_size)
+        self.attn = GroupedQueryAttention(cfg, linear, norm)
+        self.mlp_norm, self.post_mlp_norm = norm(cfg.hidden_size), norm(cfg.hidden_size)
+        self.mlp = GatedMLP(cfg, linear, _gelu)
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
         attended, carried = self.attn(self.attn_norm(x), rope, attend)
         x = shard(x + self.post_attn_norm(attended), "batch", "length", "embed")
-        moved = self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
-        return shard(x + moved, "batch", "length", "embed"), carried
-
-
-class Gemma3Attention(nnx.Module):
-    """Grouped-query self-attention with normalised queries and keys."""
-
-    def __init__(self, cfg: Gemma3Config, linear: Any, norm: Any):
-        heads, kv_heads = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, cfg.head_dim)
-        self.q = linear("q", cfg.hidden_size, heads)
-        self.k = linear("k", cfg.hidden_size, kv_heads)
-        self.v = linear("v", cfg.hidden_size, kv_heads)
-        self.o = linear("o", heads, cfg.hidden_size)
-        self.q_norm, self.k_norm = norm(cfg.head_dim), norm(cfg.head_dim)
-
-    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
-        q = self.q_norm(shard(self.q(x), "batch", "length", "heads", None))
-        k = self.k_norm(shard(self.k(x), "batch", "length", "kv_heads", None))
-        v = shard(self.v(x), "batch", "length", "kv_heads", None)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        attended, carried = attend(*(checkpoint_name(y, "qkv") for y in (q, k, v)))
-        return self.o(shard(attended, "batch", "length", "heads", None)), carried
-
-
-class Gemma3MLP(nnx.Module):
-    """Gated MLP with a tanh-approximated GELU."""
-
-    def __init__(self, cfg: Gemma3Config, linear: Any):
-        self.gate = linear("gate", cfg.hidden_size, cfg.mlp_dim)
-        self.up = linear("up", cfg.hidden_size, cfg.mlp_dim)
-        self.down = linear("down", cfg.mlp_dim, cfg.hidden_size)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate = checkpoint_name(shard(self.gate(x), "batch", "length", "mlp"), "mlp")
-        up = checkpoint_name(shard(self.up(x), "batch", "length", "mlp"), "mlp")
-        return self.down(jax.nn.gelu(gate, approximate=True) * up)
+        output = self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
+        return shard(x + output, "batch", "length", "embed"), carried
 
 
 class Gemma3(Decoder):
@@ -206,8 +167,9 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     layers = size(values, "num_hidden_layers", where)
     types = values.get("layer_types")
     if types is None:
-        pattern = size({**values, **_older(values)}, "sliding_window_pattern", where, _PATTERN)
-        types = [_FULL if (i + 1) % pattern == 0 else _SLIDING for i in range(layers)]
+        key = "sliding_window_pattern"
+        period = size({key: values.get(key, values.get(f"_{key}"))}, key, where, _PERIOD)
+        types = _layer_types(layers, period)
     defaults = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
     return {
         "type": "gemma3",
@@ -221,9 +183,8 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     }
 
 
-def _older(values: Mapping[str, Any]) -> dict[str, Any]:
-    pattern = values.get("sliding_window_pattern", values.get("_sliding_window_pattern"))
-    return {} if pattern is None else {"sliding_window_pattern": pattern}
+def _layer_types(count: int, period: int) -> tuple[str, ...]:
+    return tuple(_SLIDING if (i + 1) % period else _FULL for i in range(count))
 
 
 def _read_ropes(values: Mapping[str, Any], where: Path) -> dict[str, Any]:

@@ -22,14 +22,11 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a foreign tensor stores one of our arrays, for reading and for writing.
-
-    Our array is one of `parts` equal parts of the foreign tensor's first axis, with its axes permuted; or the
-    whole tensor without its leading axis of size 1.
+    """How a foreign tensor stores one of our arrays.
 
     Attributes:
       axes: foreign axis of each of our axes; None keeps the order.
-      part: index of our part along the first axis.
+      part: index of our array among the equal `parts` of the foreign tensor's first axis.
       parts: number of parts.
       leading: the foreign tensor has an extra leading axis of size 1; excludes the other fields.
     """
@@ -93,12 +90,12 @@ PATCHES = Layout(axes=(2, 3, 1, 0))  # PyTorch's [out, in, height, width] → [h
 
 @dataclass(frozen=True)
 class TensorRule:
-    """Which foreign tensors store one of our parameters.
+    """Which foreign tensors store the parameter `target`.
 
     Attributes:
       target: path of the parameter.
       sources: tensor names, one per layer if `stacked`, otherwise exactly one.
-      layout: how each of these tensors stores the parameter.
+      layout: layout of each of these tensors.
       stacked: whether the parameter has a leading layer axis.
     """
 
@@ -108,47 +105,34 @@ class TensorRule:
     stacked: bool = False
 
 
-def dense(target: str, source: str) -> list[TensorRule]:
+def single(target: str, rows: Iterable[tuple[str, str, Layout]]) -> list[TensorRule]:
+    """Parameters of one layer; rows are (our name within `target`, the foreign name, layout)."""
+    return [TensorRule(f"{target}{ours}", (theirs,), layout) for ours, theirs, layout in rows]
+
+
+def dense(target: str, source: str, weight: str = "kernel", layout: Layout = TRANSPOSE) -> list[TensorRule]:
     """A linear layer with bias."""
-    return [
-        TensorRule(f"{target}/kernel", (f"{source}.weight",), TRANSPOSE),
-        TensorRule(f"{target}/bias", (f"{source}.bias",), KEEP),
-    ]
+    return single(f"{target}/", [(weight, f"{source}.weight", layout), ("bias", f"{source}.bias", KEEP)])
 
 
 def layer_norm(target: str, source: str) -> list[TensorRule]:
     """A layer norm."""
-    return [
-        TensorRule(f"{target}/scale", (f"{source}.weight",), KEEP),
-        TensorRule(f"{target}/bias", (f"{source}.bias",), KEEP),
-    ]
+    return dense(target, source, "scale", KEEP)
 
 
 def stacked(
     target: str, source: str, count: int, rows: Iterable[tuple[str, str, Layout]]
 ) -> list[TensorRule]:
-    """Parameters of `count` stacked layers.
-
-    Args:
-      target: path of the stack.
-      source: prefix of the tensor names, before the layer number.
-      count: number of layers.
-      rows: (our name within the layer, the foreign name, layout).
-    """
-    return [
-        TensorRule(
-            f"{target}/{ours}", tuple(f"{source}.{layer}.{theirs}" for layer in range(count)), layout, True
-        )
-        for ours, theirs, layout in rows
-    ]
+    """Parameters of `count` stacked layers; rows are (our name within a layer, the foreign name, layout)."""
+    rules = []
+    for ours, theirs, layout in rows:
+        sources = tuple(f"{source}.{layer}.{theirs}" for layer in range(count))
+        rules.append(TensorRule(f"{target}/{ours}", sources, layout, stacked=True))
+    return rules
 
 
 def whole(value: Any, what: str) -> int:
-    """Checks a size read from a file.
-
-    Raises:
-      UserError: not a positive integer of plausible size; names `what`.
-    """
+    """Checks a size; raises UserError with the name `what` unless it is a plausible positive integer."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 < value <= _LARGEST_SIZE:
         raise UserError(
             f"{what} is {value!r}, a positive size was expected; the file is damaged, download it again"
@@ -168,6 +152,18 @@ def size(values: Mapping[str, Any], key: str, where: Path | str, default: int | 
     """A positive integer of config.json."""
     value = values.get(key)
     return whole(default if value is None else value, f"{where}: {key}")
+
+
+def read_sizes(
+    values: Mapping[str, Any], where: Path, keys: Mapping[str, str], defaults: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Sizes of config.json by our names; `keys` maps our names to its keys."""
+    return {ours: size(values, key, where, (defaults or {}).get(ours)) for ours, key in keys.items()}
+
+
+def write_sizes(section: Any, keys: Mapping[str, str]) -> dict[str, Any]:
+    """The inverse of `read_sizes`."""
+    return {key: getattr(section, ours) for ours, key in keys.items()}
 
 
 def number(values: Mapping[str, Any], key: str, where: Path | str, default: float | None = None) -> float:
@@ -197,15 +193,12 @@ def subsection(values: Mapping[str, Any], key: str, where: Path | str) -> dict[s
 
 
 def refuse(values: Mapping[str, Any], where: Path | str, only: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuses settings that change results and are not implemented.
+    """Raises UserError for unsupported settings that would change results.
 
     Args:
       values: content of config.json.
       where: its path.
       only: key → supported values.
-
-    Raises:
-      UserError: names the key and its value.
     """
     for key, supported in only.items():
         value = values.get(key)

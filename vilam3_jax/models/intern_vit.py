@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vilam3_jax.models import families
-from vilam3_jax.models.hugging_face import (
-    KEEP,
-    LEADING,
-    PATCHES,
-    TRANSPOSE,
-    Layout,
-    TensorRule,
-    number,
-    refuse,
-    size,
-    stacked,
+from vilam3_jax.models import hugging_face as hf
+from vilam3_jax.models.hugging_face import KEEP, TRANSPOSE, Layout, TensorRule
+from vilam3_jax.models.layers import GeluMLP, Init, RMSNorm, SelfAttention, StackInit, run_stack
+from vilam3_jax.models.siglip import (
+    TOWER_RULES,
+    VISION_SIZES,
+    TowerConfig,
+    VisionTower,
+    normal_table,
+    vision_sizes,
 )
-from vilam3_jax.models.layers import GeluMLP, RMSNorm, SelfAttention, run_stack
-from vilam3_jax.models.siglip import TOWER_RULES, PatchEmbed, TowerConfig, check_images, vision_sizes
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.logical_axes import shard
 
@@ -51,56 +48,38 @@ class InternBlock(nnx.Module):
     The checkpoint's single `qkv` matrix is split in three, so that each can be sharded by heads.
     """
 
-    def __init__(
-        self, cfg: InternVitConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...], dtype: Any, param_dtype: Any
-    ):
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
+    def __init__(self, cfg: InternVitConfig, **init: Unpack[StackInit]):
         width, eps = cfg.hidden_size, cfg.norm_eps
-        self.norm1 = RMSNorm(width, eps=eps, **kwargs)
-        self.attn = SelfAttention(width, cfg.num_heads, qkv_bias=False, qk_norm_eps=eps, rngs=rngs, **kwargs)
-        self.scale1 = nnx.Param(jnp.full((*stack, width), _LAYER_SCALE, param_dtype))
-        self.norm2 = RMSNorm(width, eps=eps, **kwargs)
-        self.mlp = GeluMLP(width, cfg.mlp_dim, approximate=False, rngs=rngs, **kwargs)
-        self.scale2 = nnx.Param(jnp.full((*stack, width), _LAYER_SCALE, param_dtype))
+        scale = jnp.full((*init.get("stack", ()), width), _LAYER_SCALE, init["param_dtype"])
+        self.norm1 = RMSNorm(width, eps=eps, **init)
+        self.attn = SelfAttention(width, cfg.num_heads, qkv_bias=False, qk_norm_eps=eps, **init)
+        self.scale1 = nnx.Param(scale)
+        self.norm2 = RMSNorm(width, eps=eps, **init)
+        self.mlp = GeluMLP(width, cfg.mlp_dim, approximate=False, **init)
+        self.scale2 = nnx.Param(scale)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, L, D] -> [B, L, D]."""
         attended = self.attn(self.norm1(x)) * self.scale1[...].astype(x.dtype)
         x = shard(x + attended, "batch", None, "embed")
-        moved = self.mlp(self.norm2(x)) * self.scale2[...].astype(x.dtype)
-        return shard(x + moved, "batch", None, "embed")
+        output = self.mlp(self.norm2(x)) * self.scale2[...].astype(x.dtype)
+        return shard(x + output, "batch", None, "embed")
 
 
-class InternViT(nnx.Module):
-    """Image tower with a class token, which is attended to and is not a feature."""
+class InternViT(VisionTower):
+    """Image tower with a class token, which is attended to but is not a feature."""
 
-    def __init__(self, cfg: InternVitConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
-        self.image_size = cfg.image_size
-        self.grid = cfg.image_size // cfg.patch_size
-        self.width = cfg.hidden_size
-        self.remat = remat
+    def __init__(self, cfg: InternVitConfig, *, remat: str, **init: Unpack[Init]):
+        super().__init__(cfg, remat=remat, **init)
         self.image_mean, self.image_std = cfg.image_mean, cfg.image_std
-        self.num_feature_layers = cfg.feature_layers
-        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
-        stddev = cfg.hidden_size**-0.5
-        token = jax.random.normal(rngs.params(), (1, cfg.hidden_size), param_dtype)
-        self.class_embed = nnx.Param(token * stddev)
-        table = jax.random.normal(rngs.params(), (1 + self.grid**2, cfg.hidden_size), param_dtype)
-        self.pos_embed = nnx.Param(table * stddev)
-        self.blocks = InternBlock(cfg, stack=(cfg.num_layers,), **kwargs)
-
-    def features(self, images: jax.Array) -> jax.Array:
-        """Patch features: uint8 [N, S, S, 3] -> [N, T, D], hidden state `select_layer`, no class token.
-
-        There is no norm after it, and later blocks are not computed.
-        """
-        check_images(images, self.image_size)
-        return self.pixel_features(images.astype(jnp.float32))
+        width, stddev = cfg.hidden_size, cfg.hidden_size**-0.5
+        self.class_embed = normal_table((1, width), stddev, **init)
+        self.pos_embed = normal_table((1 + self.grid**2, width), stddev, **init)
+        self.blocks = InternBlock(cfg, stack=(cfg.num_layers,), **init)
 
     @logical_axes.tower_rules()
     def pixel_features(self, pixels: jax.Array) -> jax.Array:
-        """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
+        """See `VisionTower`."""
         x = (pixels / 255 - jnp.asarray(self.image_mean)) / jnp.asarray(self.image_std)
         x = self.patch_embed(x)
         token = jnp.broadcast_to(self.class_embed[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
@@ -113,19 +92,14 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     """Translates OpenGVLab's config.json of an InternViT into a section.
 
     Raises:
-      UserError: a setting that this tower does not have.
+      UserError: an unsupported setting.
     """
-    values.get("auto_map")  # OpenGVLab's code, which this module implements
-    refuse(values, where, {"num_channels": (3,), **{key: (value,) for key, value in _SETTINGS.items()}})
+    values.get("auto_map")  # OpenGVLab's code, which this module replaces
+    hf.refuse(values, where, {"num_channels": (3,), **{key: (value,) for key, value in _SETTINGS.items()}})
     return {
         "type": "intern_vit",
-        "image_size": size(values, "image_size", where),
-        "patch_size": size(values, "patch_size", where),
-        "hidden_size": size(values, "hidden_size", where),
-        "num_layers": size(values, "num_hidden_layers", where),
-        "num_heads": size(values, "num_attention_heads", where),
-        "mlp_dim": size(values, "intermediate_size", where),
-        "norm_eps": number(values, "layer_norm_eps", where, 1e-6),
+        **hf.read_sizes(values, where, VISION_SIZES),
+        "norm_eps": hf.number(values, "layer_norm_eps", where, 1e-6),
     }
 
 
@@ -158,12 +132,14 @@ def tensors(tower: InternVitConfig) -> list[TensorRule]:
         *((f"mlp/{name}/kernel", f"mlp.{name}.weight", TRANSPOSE) for name in ("fc1", "fc2")),
         *((f"mlp/{name}/bias", f"mlp.{name}.bias", KEEP) for name in ("fc1", "fc2")),
     ]
+    embeddings = [
+        ("class_embed", "embeddings.class_embedding", hf.LEADING),
+        ("pos_embed", "embeddings.position_embedding", hf.LEADING),
+    ]
     return [
-        TensorRule(f"{to}class_embed", ("embeddings.class_embedding",), LEADING),
-        TensorRule(f"{to}pos_embed", ("embeddings.position_embedding",), LEADING),
-        TensorRule(f"{to}patch_embed/kernel", ("embeddings.patch_embedding.weight",), PATCHES),
-        TensorRule(f"{to}patch_embed/bias", ("embeddings.patch_embedding.bias",), KEEP),
-        *stacked(f"{to}blocks", "encoder.layers", tower.num_layers, rows),
+        *hf.single(to, embeddings),
+        *hf.dense(f"{to}patch_embed", "embeddings.patch_embedding", layout=hf.PATCHES),
+        *hf.stacked(f"{to}blocks", "encoder.layers", tower.num_layers, rows),
     ]
 
 

@@ -1,14 +1,14 @@
 """Building blocks of all model families.
 
-Every module takes `stack`, leading axes of its parameters. With `stack=(num_layers,)` one module holds the
-parameters of all layers, which `run_stack` and `scan_layers` scan over; it cannot be called directly.
+Modules take the keyword arguments of `StackInit`. With `stack=(num_layers,)` one module holds the parameters
+of all layers, which `run_stack` and `scan_layers` scan over; it cannot be called directly.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,21 @@ from vilam3_jax.sharding.embedding_lookup import lookup
 from vilam3_jax.sharding.logical_axes import shard
 from vilam3_jax.sharding.matmul import GATHERED, linear
 
-Stack = tuple[int, ...]
-Init = Callable[..., jax.Array]
-
 REMAT_TAGS = ("qkv", "mlp")
+
+
+class Init(TypedDict):
+    """Random streams of the parameters, types of activations and parameters."""
+
+    rngs: nnx.Rngs
+    dtype: Any
+    param_dtype: Any
+
+
+class StackInit(Init):
+    """`Init` and the leading axes of the parameters."""
+
+    stack: NotRequired[tuple[int, ...]]
 
 
 def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -47,23 +58,21 @@ class Linear(nnx.Module):
         in_features: int | tuple[int, ...],
         out_features: int | tuple[int, ...],
         *,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        param_dtype: Any,
-        kernel_init: Init = xavier_uniform,
+        kernel_init: Callable[..., jax.Array] = xavier_uniform,
         use_bias: bool = True,
-        stack: Stack = (),
         lora_rank: int = 0,
         lora_alpha: float = 1.0,
+        **init: Unpack[StackInit],
     ):
-        self.dtype = jnp.dtype(dtype)
+        rngs, param_dtype, stack = init["rngs"], init["param_dtype"], init.get("stack", ())
+        self.dtype = jnp.dtype(init["dtype"])
         self.in_features, self.out_features = _axes(in_features), _axes(out_features)
         in_dim, out_dim = math.prod(self.in_features), math.prod(self.out_features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (*stack, in_dim, out_dim), param_dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, out_dim), param_dtype)) if use_bias else None
         self.lora_rank, self.lora_alpha = lora_rank, lora_alpha
         if lora_rank:
-            # B starts at zero, so a fresh adapter changes nothing.
+            # B starts at zero, so a new adapter changes nothing.
             noise = jax.random.normal(rngs.lora(), (*stack, in_dim, lora_rank), param_dtype)
             self.lora_a = nnx.Param(noise * in_dim**-0.5)
             self.lora_b = nnx.Param(jnp.zeros((*stack, lora_rank, out_dim), param_dtype))
@@ -89,44 +98,43 @@ def _axes(features: int | tuple[int, ...]) -> tuple[int, ...]:
 class Embed(nnx.Module):
     """Embedding table: ids [batch, length] -> [batch, length, width] in `dtype`."""
 
-    def __init__(
-        self, num: int, width: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stddev: float = 0.02
-    ):
-        self.dtype = jnp.dtype(dtype)
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (num, width), param_dtype) * stddev)
+    def __init__(self, num: int, width: int, *, stddev: float = 0.02, **init: Unpack[Init]):
+        self.dtype = jnp.dtype(init["dtype"])
+        noise = jax.random.normal(init["rngs"].params(), (num, width), init["param_dtype"])
+        self.embedding = nnx.Param(noise * stddev)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return lookup(ids, self.embedding.get_value(), self.dtype)
 
 
-class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis, computed in float32."""
-
-    def __init__(self, width: int, *, eps: float, dtype: Any, param_dtype: Any, stack: Stack = ()):
-        self.eps = float(eps)
-        self.dtype = jnp.dtype(dtype)
-        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, width), param_dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        x = x - x.mean(axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis, computed in float32."""
 
-    def __init__(self, width: int, *, eps: float, dtype: Any, param_dtype: Any, stack: Stack = ()):
+    def __init__(self, width: int, *, eps: float, **init: Unpack[StackInit]):
         self.eps = float(eps)
-        self.dtype = jnp.dtype(dtype)
-        self.scale = nnx.Param(jnp.ones((*stack, width), param_dtype))
+        self.dtype = jnp.dtype(init["dtype"])
+        self.scale = nnx.Param(jnp.ones((*init.get("stack", ()), width), init["param_dtype"]))
+
+    def normalise(self, x: jax.Array) -> jax.Array:
+        """x without its scale, float32."""
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (self.normalise(x) * self.scale[...]).astype(self.dtype)
+
+
+class LayerNorm(RMSNorm):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    def __init__(self, width: int, *, eps: float, **init: Unpack[StackInit]):
+        super().__init__(width, eps=eps, **init)
+        self.bias = nnx.Param(jnp.zeros((*init.get("stack", ()), width), init["param_dtype"]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale[...]).astype(self.dtype)
+        x = self.normalise(x - x.mean(axis=-1, keepdims=True))
+        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
 class SelfAttention(nnx.Module):
@@ -140,26 +148,22 @@ class SelfAttention(nnx.Module):
         width: int,
         num_heads: int,
         *,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        param_dtype: Any,
-        stack: Stack = (),
         qkv_bias: bool = True,
         qk_norm_eps: float | None = None,
+        **init: Unpack[StackInit],
     ):
         if width % num_heads:
             raise UserError(
                 f"hidden_size {width} is not a multiple of num_heads {num_heads}; change one of them"
             )
         self.heads = heads = (num_heads, width // num_heads)
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
         qk_features = heads if qk_norm_eps is None else width
-        self.q = Linear(width, qk_features, rngs=rngs, use_bias=qkv_bias, **kwargs)
-        self.k = Linear(width, qk_features, rngs=rngs, use_bias=qkv_bias, **kwargs)
-        self.v = Linear(width, heads, rngs=rngs, use_bias=qkv_bias, **kwargs)
-        self.o = Linear(heads, width, rngs=rngs, **kwargs)
-        self.q_norm = None if qk_norm_eps is None else RMSNorm(width, eps=qk_norm_eps, **kwargs)
-        self.k_norm = None if qk_norm_eps is None else RMSNorm(width, eps=qk_norm_eps, **kwargs)
+        self.q = Linear(width, qk_features, use_bias=qkv_bias, **init)
+        self.k = Linear(width, qk_features, use_bias=qkv_bias, **init)
+        self.v = Linear(width, heads, use_bias=qkv_bias, **init)
+        self.o = Linear(heads, width, **init)
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(width, eps=qk_norm_eps, **init)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(width, eps=qk_norm_eps, **init)
 
     def __call__(
         self, x: jax.Array, segment_ids: jax.Array | None = None, query: jax.Array | None = None
@@ -177,21 +181,10 @@ class SelfAttention(nnx.Module):
 class GeluMLP(nnx.Module):
     """fc1 -> GELU, by default the one approximated with tanh -> fc2."""
 
-    def __init__(
-        self,
-        width: int,
-        mlp_dim: int,
-        *,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        param_dtype: Any,
-        stack: Stack = (),
-        approximate: bool = True,
-    ):
+    def __init__(self, width: int, mlp_dim: int, *, approximate: bool = True, **init: Unpack[StackInit]):
         self.approximate = approximate
-        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
-        self.fc1 = Linear(width, mlp_dim, **kwargs)
-        self.fc2 = Linear(mlp_dim, width, **kwargs)
+        self.fc1 = Linear(width, mlp_dim, **init)
+        self.fc2 = Linear(mlp_dim, width, **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = checkpoint_name(shard(self.fc1(x), "batch", None, "mlp"), "mlp")
@@ -201,23 +194,11 @@ class GeluMLP(nnx.Module):
 class EncoderBlock(nnx.Module):
     """Pre-norm transformer block of SigLIP's two towers."""
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_dim: int,
-        *,
-        eps: float,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        param_dtype: Any,
-        stack: Stack = (),
-    ):
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, stack=stack)
-        self.norm1 = LayerNorm(width, eps=eps, **kwargs)
-        self.attn = SelfAttention(width, num_heads, rngs=rngs, **kwargs)
-        self.norm2 = LayerNorm(width, eps=eps, **kwargs)
-        self.mlp = GeluMLP(width, mlp_dim, rngs=rngs, **kwargs)
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, eps: float, **init: Unpack[StackInit]):
+        self.norm1 = LayerNorm(width, eps=eps, **init)
+        self.attn = SelfAttention(width, num_heads, **init)
+        self.norm2 = LayerNorm(width, eps=eps, **init)
+        self.mlp = GeluMLP(width, mlp_dim, **init)
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         x = shard(x + self.attn(self.norm1(x), segment_ids), "batch", None, "embed")
@@ -225,7 +206,7 @@ class EncoderBlock(nnx.Module):
 
 
 def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Wraps a layer so that the backward pass recomputes what is not worth saving.
+    """Wraps a layer so that the backward pass recomputes activations that are not saved.
 
     Args:
       body: function of one layer.
@@ -235,27 +216,27 @@ def remat_layer(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
     Raises:
       UserError: unknown policy.
     """
+    policies, tags = jax.checkpoint_policies, remat.split("+")
     if remat == "none":
         if logical_axes.current() is None:
             return body
         # Except gathered weights: saved for every layer, they would be the whole model.
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(body, prevent_cse=False, policy=policy)
-    if remat == "full":
-        return jax.checkpoint(body, prevent_cse=False)
-    tags = remat.split("+")
-    if not set(tags) <= set(REMAT_TAGS):
+        policy = policies.save_anything_except_these_names(GATHERED)
+    elif remat == "full":
+        policy = None
+    elif set(tags) <= set(REMAT_TAGS):
+        policy = policies.save_only_these_names(*tags)
+    else:
         raise UserError(
             f"model.remat={remat!r} is unknown; use 'none', 'full' or tags joined by '+' from {REMAT_TAGS}"
         )
-    policy = jax.checkpoint_policies.save_only_these_names(*tags)
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 def run_stack(
     blocks: nnx.Module, x: jax.Array, *args: Any, remat: str, count: int | None = None
 ) -> jax.Array:
-    """Runs x through the first `count` layers (default: all) of a stacked module; each gets `args` too."""
+    """Runs x through the first `count` layers (default: all) of a stacked module: `layer(x, *args)`."""
     graphdef, params = compat.split(blocks)
     if count is not None:
         params = jax.tree.map(lambda p: p[:count], params)
@@ -271,16 +252,13 @@ def scan_layers(
 ) -> Any:
     """Scans stacked layers of several kinds, such as sliding-window and full attention.
 
-    Kinds are static, so the scan runs over whole periods of their pattern and unrolls the remainder.
+    Kinds are static, so the scan runs over whole periods of their pattern; the remainder is unrolled.
 
     Args:
       body: (carry, layer, kind) → carry.
-      carry: initial carry.
-      layers: pytree whose arrays lead with the layer axis.
-      kinds: kind of each layer, in order.
-
-    Returns:
-      The last carry.
+      carry: initial carry; the final one is returned.
+      layers: pytree of arrays with a leading layer axis.
+      kinds: kind of each layer.
     """
     count = len(kinds)
     period = next(p for p in range(1, count + 1) if all(kinds[i] == kinds[i % p] for i in range(count)))

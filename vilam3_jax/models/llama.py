@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import decoder_layout, families
@@ -21,14 +21,15 @@ from vilam3_jax.models.decoder import (
     Attend,
     Decoder,
     DecoderConfig,
+    GatedMLP,
+    GroupedQueryAttention,
     LayerKind,
     Rope,
-    apply_rope,
     lora_linear,
     rope_frequencies,
 )
 from vilam3_jax.models.hugging_face import KEEP, TensorRule, flag, refuse, size
-from vilam3_jax.models.layers import RMSNorm
+from vilam3_jax.models.layers import RMSNorm, StackInit
 from vilam3_jax.sharding.logical_axes import shard
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -57,56 +58,16 @@ class LlamaConfig(DecoderConfig):
     qk_norm: bool = False
 
 
-class LlamaAttention(nnx.Module):
-    """Projections of grouped-query self-attention."""
-
-    def __init__(self, cfg: LlamaConfig, linear: Any, norm: dict[str, Any]):
-        heads, kv_heads = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, cfg.head_dim)
-        self.q = linear("q", cfg.hidden_size, heads, cfg.qkv_bias)
-        self.k = linear("k", cfg.hidden_size, kv_heads, cfg.qkv_bias)
-        self.v = linear("v", cfg.hidden_size, kv_heads, cfg.qkv_bias)
-        self.o = linear("o", heads, cfg.hidden_size, cfg.o_bias)
-        self.q_norm = RMSNorm(cfg.head_dim, **norm) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(cfg.head_dim, **norm) if cfg.qk_norm else None
-
-    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
-        """[B, L, D] -> [B, L, D]."""
-        q = shard(self.q(x), "batch", "length", "heads", None)
-        k = shard(self.k(x), "batch", "length", "kv_heads", None)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        v = shard(self.v(x), "batch", "length", "kv_heads", None)
-        attended, carried = attend(*(checkpoint_name(y, "qkv") for y in (q, k, v)))
-        return self.o(shard(attended, "batch", "length", "heads", None)), carried
-
-
-class LlamaMLP(nnx.Module):
-    """SwiGLU (arXiv:2002.05202)."""
-
-    def __init__(self, cfg: DecoderConfig, linear: Any):
-        self.gate = linear("gate", cfg.hidden_size, cfg.mlp_dim)
-        self.up = linear("up", cfg.hidden_size, cfg.mlp_dim)
-        self.down = linear("down", cfg.mlp_dim, cfg.hidden_size)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate = checkpoint_name(shard(self.gate(x), "batch", "length", "mlp"), "mlp")
-        up = checkpoint_name(shard(self.up(x), "batch", "length", "mlp"), "mlp")
-        return self.down(jax.nn.silu(gate) * up)
-
-
 class LlamaLayer(nnx.Module):
     """Pre-norm decoder layer."""
 
-    def __init__(
-        self, cfg: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, stack: tuple[int, ...] = ()
-    ):
-        linear = lora_linear(cfg, rngs=rngs, dtype=dtype, param_dtype=param_dtype, stack=stack)
-        norm: dict[str, Any] = dict(eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype, stack=stack)
-        self.attn_norm = RMSNorm(cfg.hidden_size, **norm)
-        self.attn = LlamaAttention(cfg, linear, norm)
-        self.mlp_norm = RMSNorm(cfg.hidden_size, **norm)
-        self.mlp = LlamaMLP(cfg, linear)
+    def __init__(self, cfg: LlamaConfig, **init: Unpack[StackInit]):
+        linear, norm = lora_linear(cfg, **init), partial(RMSNorm, eps=cfg.norm_eps, **init)
+        self.attn_norm = norm(cfg.hidden_size)
+        qk_norm = norm if cfg.qk_norm else None
+        self.attn = GroupedQueryAttention(cfg, linear, qk_norm, cfg.qkv_bias, cfg.o_bias)
+        self.mlp_norm = norm(cfg.hidden_size)
+        self.mlp = GatedMLP(cfg, linear)
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
         attended, carried = self.attn(self.attn_norm(x), rope, attend)

@@ -9,7 +9,7 @@ from typing import Any
 from vilam3_jax.data.image_layout import ImageLayout, image_layout
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import families
-from vilam3_jax.models.projector import ProjectorConfig, grid_tokens, layers_of
+from vilam3_jax.models.projector import ProjectorConfig, layers_of
 from vilam3_jax.models.siglip import SiglipTextConfig
 from vilam3_jax.runtime.settings import Section, from_mapping, setting
 
@@ -18,26 +18,19 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    """A model; the sections of towers and LLM are those of their families.
+    """The section `model`; `vision_tower` and `llm` are sections of their families.
 
     Attributes:
-      name: of the size.
-      image_size: side in pixels of the vision tower's input; 0 takes the tower's.
+      image_size: side of an image in pixels; 0 for that of the vision tower.
       image_aspect_ratio, s2_scales, max_tiles: see `data.image_layout`.
-      template: chat template.
       tokenizer: folder of the tokenizer.
-      dtype: of activations.
-      param_dtype: of parameters.
+      dtype: type of activations.
       remat: see `layers.remat_layer`.
-      vision_tower: section of a vision tower's family.
-      text_tower: the text tower of contrastive training.
-      projector: from the vision tower to the LLM.
-      llm: section of an LLM's family.
+      text_tower: text tower of contrastive training.
       text: rules for text around images, see `data.text_rules`.
-      preprocessing: see `data.preprocessing`; the defaults if empty.
+      preprocessing: see `data.preprocessing`; empty for the defaults.
       cards: name of the list of expert cards.
-      card_list: the cards themselves, as in exports.
-      expert_wording: wording of expert results.
+      card_list: the cards themselves, in exports.
       expert_verdicts: whether checks of expert results are shown.
       expert_threshold: probability above which a class counts as found.
     """
@@ -66,7 +59,7 @@ class ModelConfig(Section):
     expert_threshold: float = setting(default=0.5, at_least=0, at_most=1)
 
     def validate(self) -> None:
-        """Builds the sections of towers and LLM by their `type`, and checks that the parts fit."""
+        """Builds the sections of vision tower and LLM by their `type`."""
         for name in ("vision_tower", "llm"):
             section = getattr(self, name)
             if isinstance(section, Mapping):
@@ -76,10 +69,10 @@ class ModelConfig(Section):
 
     @property
     def image_layout(self) -> ImageLayout:
-        """How the model takes images.
+        """How the model reads images.
 
         Raises:
-          UserError: see `data.image_layout`, or image size or token order do not fit.
+          UserError: the image size differs from the tower's, or the token order does not suit the mode.
         """
         layout = image_layout(self)
         if layout.tile_size != self.vision_tower.image_size:
@@ -97,23 +90,18 @@ class ModelConfig(Section):
 
     @property
     def projector_width(self) -> int:
-        """Channels of the features that the projector takes."""
+        """Channels of the projector's input."""
         return self.vision_tower.hidden_size * image_layout(self).feature_maps
 
     @property
     def tokens_per_image(self) -> int:
-        """T: positions that one input takes in the text, without building the model."""
+        """T: positions of one image in the text."""
         assert self.projector is not None
         grid = self.vision_tower.image_size // self.vision_tower.patch_size
-        return grid_tokens(
-            grid, layers_of(self.projector.type, self.projector_width, self.llm.hidden_size).block
-        )
+        layers = layers_of(self.projector.type, self.projector_width, self.llm.hidden_size)
+        return layers.num_tokens(grid)
 
 
 def resolve(values: Any) -> ModelConfig:
-    """A typed section from a ConfigDict or JSON; a `ModelConfig` is returned unchanged.
-
-    Raises:
-      UserError: an unknown key or family, or a value that is refused.
-    """
+    """A typed section from a ConfigDict or JSON; a `ModelConfig` is returned unchanged."""
     return values if isinstance(values, ModelConfig) else from_mapping(ModelConfig, values)

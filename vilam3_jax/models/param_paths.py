@@ -1,4 +1,4 @@
-"""Parameter trees as flat dicts: every table and every checkpoint speaks of `llm/layers/attn/q/kernel`."""
+"""Parameter trees as flat dicts with paths such as `llm/layers/attn/q/kernel`, for tables and checkpoints."""
 
 from __future__ import annotations
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.models.hugging_face import KEEP, TRANSPOSE, TensorRule
-from vilam3_jax.models.layers import LayerNorm, Linear
+from vilam3_jax.models.hugging_face import TensorRule, dense, layer_norm
+from vilam3_jax.models.layers import Init, LayerNorm, Linear
 from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.logical_axes import shard
 
 _NORM_EPS = 1e-5  # PyTorch's default, with which the released projectors were trained
-# Image tokens should start at the scale of text embeddings (rms 0.02 to 0.15 in trained language models); the
-# usual initialisation gives 0.7, and the first steps only shrink it.
+# Image tokens start at the scale of text embeddings (rms 0.02 to 0.15 in trained language models); the usual
+# initialisation gives 0.7, which the first steps would only shrink.
 _SMALL_INIT = jax.nn.initializers.variance_scaling(0.04, "fan_in", "truncated_normal")
 TYPES = (
     "identity",
@@ -58,12 +58,12 @@ class ProjectorConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorLayers:
-    """The layers of a projector type.
+    """The layers of a projector type, with exact GELU between them.
 
     Attributes:
       block: side of the square of patches that become one token; 1 keeps all patches.
-      widths: of the input of the first layer, then of the output of each; exact GELU between layers.
-      norms: how many layers, from the first, have a LayerNorm before them.
+      widths: width of the input, then of the output of each layer.
+      norms: number of layers, counted from the first, that follow a LayerNorm.
     """
 
     block: int
@@ -75,21 +75,19 @@ class ProjectorLayers:
         """Number of linear layers."""
         return len(self.widths) - 1
 
+    def num_tokens(self, grid: int) -> int:
+        """Tokens per image for a tower of grid x grid patches, padding included."""
+        return (-(-grid // self.block)) ** 2
+
 
 def layers_of(kind: str, in_dim: int, out_dim: int) -> ProjectorLayers:
-    """Widths and norms of a projector type.
-
-    Args:
-      kind: one of `TYPES`, VILA's `mm_projector_type`.
-      in_dim: channels of a patch, C.
-      out_dim: width of the language model, H.
+    """Layers of a projector type (one of `TYPES`) from patches of C channels to an LLM of width H.
 
     Raises:
-      UserError: unknown type, or widths that it cannot join.
+      UserError: unknown type, or widths that it does not support.
     """
     c, h = in_dim, out_dim
-    mlp = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
-    if mlp:
+    if mlp := re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind):
         return ProjectorLayers(1, (c, *(h,) * int(mlp[1])), 0)
     known = {
         "identity": ProjectorLayers(1, (c,), 0),
@@ -113,31 +111,20 @@ def layers_of(kind: str, in_dim: int, out_dim: int) -> ProjectorLayers:
 
 
 class Projector(nnx.Module):
-    """[N, grid**2, C] -> [N, T, H].
+    """[N, grid**2, C] -> [N, T, H]; parameters norm1, fc1, norm2, ... in the order of use.
 
-    A grid that is not divisible by the block is padded with zero rows at the bottom and zero columns at the
-    right.
-
-    Parameters: norm1, fc1, norm2, ... in the order of use.
+    A grid that is not divisible by the block is padded with zeros at the bottom and at the right.
     """
 
-    def __init__(
-        self, cfg: ProjectorConfig, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any
-    ):
+    def __init__(self, cfg: ProjectorConfig, in_dim: int, out_dim: int, **init: Unpack[Init]):
         self.layers = layers_of(cfg.type, in_dim, out_dim)
         self.column_order = cfg.reads_columns
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         widths = self.layers.widths
         for i in range(self.layers.depth):
             if i < self.layers.norms:
-                setattr(self, f"norm{i + 1}", LayerNorm(widths[i], eps=_NORM_EPS, **kwargs))
-            init = _SMALL_INIT if i == self.layers.depth - 1 else jax.nn.initializers.lecun_normal()
-            layer = Linear(widths[i], widths[i + 1], rngs=rngs, kernel_init=init, **kwargs)
-            setattr(self, f"fc{i + 1}", layer)
-
-    def num_tokens(self, grid: int) -> int:
-        """Tokens per image for a tower of grid x grid patches."""
-        return grid_tokens(grid, self.layers.block)
+                setattr(self, f"norm{i + 1}", LayerNorm(widths[i], eps=_NORM_EPS, **init))
+            kernel_init = _SMALL_INIT if i == self.layers.depth - 1 else jax.nn.initializers.lecun_normal()
+            setattr(self, f"fc{i + 1}", Linear(widths[i], widths[i + 1], kernel_init=kernel_init, **init))
 
     @logical_axes.whole_sequences()
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -155,56 +142,34 @@ class Projector(nnx.Module):
         return x
 
 
-def grid_tokens(grid: int, block: int) -> int:
-    """Tokens left of a grid x grid map whose block x block patches are joined, after padding."""
-    return (-(-grid // block)) ** 2
-
-
 def join_neighbours(x: jax.Array, block: int, *, column_order: bool) -> jax.Array:
-    """Joins block x block patches into one token.
+    """Joins block x block patches into one token: [N, g*g, C] -> [N, ceil(g/b)**2, b*b*C].
 
-    Args:
-      x: [N, g*g, C], row by row.
-      block: side of a block, b; 1 changes nothing.
-      column_order: whether tokens run down the columns of the new grid first.
-
-    Returns:
-      [N, ceil(g/b)**2, b*b*C]; channels of the block's patches row by row.
-
-    Raises:
-      ValueError: the patches form no square.
+    Patches, and the channels of a block, are ordered row by row; with `column_order` tokens run down the
+    columns of the new grid first. ValueError if the patches do not form a square.
     """
     if block == 1:
         return x
     n, tokens, channels = x.shape
     grid = round(tokens**0.5)
     if grid**2 != tokens:
-        raise ValueError(f"{tokens} patches form no square grid")
-    side = -(-grid // block)
-    short = side * block - grid
+        raise ValueError(f"{tokens} patches do not form a square grid")
+    side, missing = -(-grid // block), -grid % block
     x = x.reshape(n, grid, grid, channels)
-    x = jnp.pad(x, ((0, 0), (0, short), (0, short), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, missing), (0, 0)))
     x = x.reshape(n, side, block, side, block, channels)  # [N, row, in row, column, in column, C]
     order = (0, 3, 1, 2, 4, 5) if column_order else (0, 1, 3, 2, 4, 5)
     return x.transpose(order).reshape(n, side * side, block * block * channels)
 
 
 def tensors(kind: str, layers: ProjectorLayers) -> list[TensorRule]:
-    """Tensors of VILA's `mm_projector`, a torch.nn.Sequential whose indices count members without weights.
-
-    Args:
-      kind: `mm_projector_type`.
-      layers: its layers.
-    """
+    """Tensors of VILA's `mm_projector`, a torch.nn.Sequential whose indices count members without weights."""
     rules = []
-    place = 1 if layers.block > 1 else 0  # the first member joins patches
+    index = 1 if layers.block > 1 else 0  # the first member joins patches
     for layer in range(1, layers.depth + 1):
         if layer <= layers.norms:
-            rules.append(TensorRule(f"projector/norm{layer}/scale", (f"layers.{place}.weight",), KEEP))
-            rules.append(TensorRule(f"projector/norm{layer}/bias", (f"layers.{place}.bias",), KEEP))
-            place += 1
-        stem = "layers" if kind == "linear" else f"layers.{place}"
-        rules.append(TensorRule(f"projector/fc{layer}/kernel", (f"{stem}.weight",), TRANSPOSE))
-        rules.append(TensorRule(f"projector/fc{layer}/bias", (f"{stem}.bias",), KEEP))
-        place += 2  # GELU
+            rules += layer_norm(f"projector/norm{layer}", f"layers.{index}")
+            index += 1
+        rules += dense(f"projector/fc{layer}", "layers" if kind == "linear" else f"layers.{index}")
+        index += 2  # GELU
     return rules

@@ -1,6 +1,6 @@
 """Features of one image at several scales, each encoded in tiles (S2, arXiv:2403.13043).
 
-Interpolation follows PyTorch, whose bicubic kernel and 'area' mode VILA's weights were trained with.
+Interpolation follows PyTorch's bicubic kernel and 'area' mode, with which VILA's weights were trained.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def s2_features(
     """Encodes images at several scales and concatenates the features along the channels.
 
     Args:
-      encode: vision tower, float32 [N, S, S, 3] of 0..255 -> [N, g * g, C].
+      encode: vision tower, float32 [N, S, S, 3] from 0 to 255 -> [N, g * g, C].
       images: uint8 [N, L, L, 3]; L is the last scale.
       size: side of a tile, S.
       scales: side of the image at each scale, increasing multiples of S that start at S.
@@ -49,7 +49,7 @@ def s2_features(
 
 
 def tile_features(features: jax.Array, tiles: jax.Array, sides: Sequence[int]) -> jax.Array:
-    """Concatenates each tile's features with those of lower scales at the same place (NVILA's dynamic S2).
+    """Concatenates each tile's features with those of lower scales at its position (NVILA's dynamic S2).
 
     Equivalent to merging the tiles of every scale, resizing to the last scale ('area') and splitting into
     tiles, but with shapes that do not depend on the grids.
@@ -58,10 +58,10 @@ def tile_features(features: jax.Array, tiles: jax.Array, sides: Sequence[int]) -
       features: [G, M, g, g, C] from the tower; the tiles of an image are consecutive, lower scales first.
       tiles: int32 [G, M, 5]: first slot of the image, then rows, row, columns and column in the grid of the
         last scale. An image of one tile has no lower scales; its own features replace them.
-      sides: tiles along a side of each scale, increasing from 1; the last entry is not read.
+      sides: tiles along a side of each scale, increasing from 1; the last entry is not used.
 
     Returns:
-      [G, M, g * g, C * len(sides)]; slots of lower scales are meaningless.
+      [G, M, g * g, C * len(sides)]; slots of lower scales have arbitrary values.
     """
     groups, slots, grid = features.shape[:3]
     first_slot, rows, row, columns, column = jnp.moveaxis(tiles, -1, 0)
@@ -83,12 +83,12 @@ def tile_features(features: jax.Array, tiles: jax.Array, sides: Sequence[int]) -
     return shard(joined.reshape(groups, slots, grid * grid, -1), "batch", None, None, None)
 
 
-def _area_rows(side: int, grid: int, count: jax.Array, place: jax.Array) -> jax.Array:
-    """Rows of `area_weights(side * grid, count * grid)` for tile `place` of `count`.
+def _area_rows(side: int, grid: int, count: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of `area_weights(side * grid, count * grid)` for tile `index` of `count`.
 
-    `count` and `place` are int [...]; the result is float32 [..., grid, side * grid].
+    `count` and `index` are int [...]; the result is float32 [..., grid, side * grid].
     """
-    new = place[..., None] * grid + jnp.arange(grid)
+    new = index[..., None] * grid + jnp.arange(grid)
     first = new * side // count[..., None]
     last = -(-(new + 1) * side // count[..., None])
     old = jnp.arange(side * grid)
@@ -98,8 +98,7 @@ def _area_rows(side: int, grid: int, count: jax.Array, place: jax.Array) -> jax.
 
 def split(x: jax.Array, side: int) -> jax.Array:
     """[N, k*S, k*S, C] -> [N, k*k, S, S, C], tiles in row-major order; k is `side`."""
-    count, length, _, channels = x.shape
-    tile = length // side
+    count, tile, channels = x.shape[0], x.shape[1] // side, x.shape[3]
     x = x.reshape(count, side, tile, side, tile, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(count, side * side, tile, tile, channels)
 
@@ -150,8 +149,6 @@ def _bicubic_weights(old: int, new: int) -> np.ndarray:
 
 def area_weights(old: int, new: int) -> np.ndarray:
     """Float32 [new, old]: new pixel i is the mean of all old pixels that it overlaps."""
-    weights = np.zeros((new, old), np.float32)
-    for i in range(new):
-        first, last = i * old // new, -(-(i + 1) * old // new)
-        weights[i, first:last] = 1 / (last - first)
-    return weights
+    index, pixels = np.arange(new)[:, None], np.arange(old)
+    first, last = index * old // new, -(-(index + 1) * old // new)
+    return (((pixels >= first) & (pixels < last)) / (last - first)).astype(np.float32)

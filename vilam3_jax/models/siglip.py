@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,18 @@ from flax import nnx
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import families
-from vilam3_jax.models.hugging_face import (
-    KEEP,
-    LEADING,
-    PATCHES,
-    TRANSPOSE,
-    Layout,
-    TensorRule,
-    dense,
-    layer_count,
-    layer_norm,
-    number,
-    refuse,
-    size,
-    stacked,
-    subsection,
+from vilam3_jax.models import hugging_face as hf
+from vilam3_jax.models.hugging_face import KEEP, TRANSPOSE, Layout, TensorRule
+from vilam3_jax.models.layers import (
+    Embed,
+    EncoderBlock,
+    GeluMLP,
+    Init,
+    LayerNorm,
+    Linear,
+    SelfAttention,
+    run_stack,
 )
-from vilam3_jax.models.layers import Embed, EncoderBlock, GeluMLP, LayerNorm, Linear, SelfAttention, run_stack
 from vilam3_jax.ops.attention import row_length
 from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding import logical_axes
@@ -39,17 +34,12 @@ from vilam3_jax.sharding.matmul import einsum
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig(Section):
-    """What the sections of all vision towers have.
+    """Fields of the sections of all vision towers.
 
     Attributes:
-      type: name of the family.
       image_size: S, side of an input in pixels.
       patch_size: side of a patch in pixels.
       hidden_size: width D.
-      num_layers: blocks.
-      num_heads: attention heads.
-      mlp_dim: width of the MLP.
-      norm_eps: epsilon of the norms.
       select_layer: the hidden state that is the feature map; 0 is the embedding, i the output of block i.
     """
 
@@ -69,17 +59,13 @@ class TowerConfig(Section):
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """Colour of the padding of mode 'pad': the tower's mean pixel, truncated as in VILA."""
+        """Colour of the padding of mode 'pad': the tower's mean pixel, rounded down as in VILA."""
         red, green, blue = (int(255 * mean) for mean in self.image_mean)
         return red, green, blue
 
     @property
     def feature_layers(self) -> int:
-        """How many blocks run before hidden state `select_layer`.
-
-        Raises:
-          UserError: there is no such state.
-        """
+        """Number of blocks before hidden state `select_layer`; UserError if there is no such state."""
         states = self.num_layers + 1
         if not -states <= self.select_layer < states:
             raise UserError(
@@ -91,13 +77,9 @@ class TowerConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig(TowerConfig):
-    """The section `model.vision_tower` of a SigLIP.
+    """The section `model.vision_tower` of a SigLIP."""
 
-    Attributes:
-      head: whether it has the attention-pooling head of contrastive training.
-    """
-
-    head: bool = True
+    head: bool = True  # the attention-pooling head of contrastive training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +87,7 @@ class SiglipTextConfig(Section):
     """The section `model.text_tower`: sizes as in `TowerConfig`.
 
     Attributes:
-      vocab_size: rows of the embedding table.
-      max_length: tokens of a text.
+      max_length: largest number of tokens of a text.
       logit_bias: initial bias of the contrastive logits.
     """
 
@@ -150,11 +131,11 @@ class PatchEmbed(nnx.Module):
     Parameters: kernel HWIO [p, p, 3, D], bias [D].
     """
 
-    def __init__(self, patch_size: int, width: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(self, patch_size: int, width: int, **init: Unpack[Init]):
         self.patch_size = patch_size
-        self.dtype = jnp.dtype(dtype)
-        self.kernel = nnx.Param(_first_filters(rngs.params(), patch_size, width, param_dtype))
-        self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+        self.dtype = jnp.dtype(init["dtype"])
+        kernel = _first_filters(init["rngs"].params(), patch_size, width, init["param_dtype"])
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(jnp.zeros((width,), init["param_dtype"]))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images [N, S, S, 3] -> [N, (S // p)**2, D], patches row by row."""
@@ -171,9 +152,9 @@ class PatchEmbed(nnx.Module):
 def _first_filters(key: jax.Array, patch_size: int, width: int, dtype: Any) -> jax.Array:
     """Initial patch filters [p, p, 3, D]: zero-mean, grey, low-frequency patterns plus white noise.
 
-    Images have their energy in low frequencies, and medical ones a black surround, so white noise alone
-    mostly sees the mean of a patch: a tower of 6 blocks reached a loss of 3.0, with these filters 1.9 (38
-    classes of slices, 80 steps). The noise gives the kernel full rank.
+    Images have most energy in low frequencies, and medical images a black background, so white noise alone
+    responds mostly to the mean of a patch: a tower of 6 blocks reached a loss of 3.0, with these filters 1.9
+    (38 classes of slices, 80 steps). The noise gives the kernel full rank.
     """
     smooth_key, white_key = jax.random.split(key)
     coarse = min(4, patch_size)
@@ -195,22 +176,11 @@ def check_images(images: jax.Array, size: int) -> None:
 class AttentionPool(nnx.Module):
     """Multi-head attention pooling: a learned probe attends to all tokens, then a residual MLP."""
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        mlp_dim: int,
-        *,
-        eps: float,
-        rngs: nnx.Rngs,
-        dtype: Any,
-        param_dtype: Any,
-    ):
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        self.probe = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width), param_dtype) * width**-0.5)
-        self.attn = SelfAttention(width, num_heads, rngs=rngs, **kwargs)
-        self.norm = LayerNorm(width, eps=eps, **kwargs)
-        self.mlp = GeluMLP(width, mlp_dim, rngs=rngs, **kwargs)
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, eps: float, **init: Unpack[Init]):
+        self.probe = normal_table((1, 1, width), width**-0.5, **init)
+        self.attn = SelfAttention(width, num_heads, **init)
+        self.norm = LayerNorm(width, eps=eps, **init)
+        self.mlp = GeluMLP(width, mlp_dim, **init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, T, D] -> [N, D]."""
@@ -220,33 +190,49 @@ class AttentionPool(nnx.Module):
         return shard(x + self.mlp(self.norm(x)), "batch", None, "embed")[:, 0]
 
 
-class SiglipVision(nnx.Module):
+def normal_table(shape: tuple[int, ...], stddev: float, **init: Unpack[Init]) -> nnx.Param[jax.Array]:
+    """A normally distributed parameter, such as a table of positions."""
+    return nnx.Param(jax.random.normal(init["rngs"].params(), shape, init["param_dtype"]) * stddev)
+
+
+class VisionTower(nnx.Module):
+    """Base of image towers: patches; a subclass adds the blocks and defines `pixel_features`."""
+
+    def __init__(self, cfg: TowerConfig, *, remat: str, **init: Unpack[Init]):
+        self.image_size = cfg.image_size
+        self.grid = cfg.image_size // cfg.patch_size
+        self.remat = remat
+        self.num_feature_layers = cfg.feature_layers
+        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **init)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Patch features for the projector: uint8 [N, S, S, 3] -> [N, T, D], hidden state `select_layer`.
+
+        They are not normalised, and later blocks are not computed.
+        """
+        check_images(images, self.image_size)
+        return self.pixel_features(images.astype(jnp.float32))
+
+    def pixel_features(self, pixels: jax.Array) -> jax.Array:
+        """`features` of interpolated pixels: float32 [N, S, S, 3] from 0 to 255."""
+        raise NotImplementedError
+
+
+class SiglipVision(VisionTower):
     """Image tower.
 
     All blocks, `post_norm` and, with `cfg.head`, the pooling head exist in every stage, so that stage 1 and
     later stages share parameters.
     """
 
-    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str):
-        self.image_size = cfg.image_size
-        self.grid = cfg.image_size // cfg.patch_size
-        self.width = cfg.hidden_size
-        self.remat = remat
+    def __init__(self, cfg: SiglipConfig, *, remat: str, **init: Unpack[Init]):
+        super().__init__(cfg, remat=remat, **init)
         self.num_layers = cfg.num_layers
-        self.num_feature_layers = cfg.feature_layers
-        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.hidden_size, **kwargs)
-        table = jax.random.normal(rngs.params(), (self.grid**2, cfg.hidden_size), param_dtype)
-        self.pos_embed = nnx.Param(table * _POSITION_STD)
+        self.pos_embed = normal_table((self.grid**2, cfg.hidden_size), _POSITION_STD, **init)
         shape = (cfg.hidden_size, cfg.num_heads, cfg.mlp_dim)
-        self.blocks = EncoderBlock(*shape, eps=cfg.norm_eps, stack=(cfg.num_layers,), **kwargs)
-        self.post_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.head = AttentionPool(*shape, eps=cfg.norm_eps, **kwargs) if cfg.head else None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens per image before the projector."""
-        return self.grid**2
+        self.blocks = EncoderBlock(*shape, eps=cfg.norm_eps, stack=(cfg.num_layers,), **init)
+        self.post_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, **init)
+        self.head = AttentionPool(*shape, eps=cfg.norm_eps, **init) if cfg.head else None
 
     def _run(self, pixels: jax.Array, count: int) -> jax.Array:
         x = self.patch_embed(pixels / 127.5 - 1.0)
@@ -258,17 +244,9 @@ class SiglipVision(nnx.Module):
         valid = jnp.broadcast_to(jnp.arange(length) < tokens, x.shape[:2]).astype(jnp.int32)
         return run_stack(self.blocks, x, valid, remat=self.remat, count=count)[:, :tokens]
 
-    def features(self, images: jax.Array) -> jax.Array:
-        """Patch features for the projector: uint8 [N, S, S, 3] -> [N, T, D], hidden state `select_layer`.
-
-        There is no norm after it, and later blocks are not computed.
-        """
-        check_images(images, self.image_size)
-        return self.pixel_features(images.astype(jnp.float32))
-
     @logical_axes.tower_rules()
     def pixel_features(self, pixels: jax.Array) -> jax.Array:
-        """`features` of interpolated pixels: float32 [N, S, S, 3] on the scale of 0..255."""
+        """See `VisionTower`."""
         return self._run(pixels, self.num_feature_layers)
 
     @logical_axes.tower_rules()
@@ -287,25 +265,20 @@ class SiglipVision(nnx.Module):
 class SiglipText(nnx.Module):
     """Text tower: bidirectional; pools the last valid token.
 
-    SigLIP pads to a fixed length and attends to padding, as with `valid` all True. Marked padding is neither
-    attended to nor pooled.
+    The released models pad to a fixed length and attend to padding, as with `valid` all True. Tokens that are
+    not valid are neither attended to nor pooled.
     """
 
-    def __init__(
-        self, cfg: SiglipTextConfig, out_dim: int, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str
-    ):
+    def __init__(self, cfg: SiglipTextConfig, out_dim: int, *, remat: str, **init: Unpack[Init]):
         self.max_length = cfg.max_length
         self.remat = remat
-        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        stddev = cfg.hidden_size**-0.5
-        self.embed = Embed(cfg.vocab_size, cfg.hidden_size, stddev=_WORD_GAIN * stddev, **kwargs)
-        table = jax.random.normal(rngs.params(), (cfg.max_length, cfg.hidden_size), param_dtype)
-        self.pos_embed = nnx.Param(table * stddev)
-        self.blocks = EncoderBlock(
-            cfg.hidden_size, cfg.num_heads, cfg.mlp_dim, eps=cfg.norm_eps, stack=(cfg.num_layers,), **kwargs
-        )
-        self.final_norm = LayerNorm(cfg.hidden_size, eps=cfg.norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.head = Linear(cfg.hidden_size, out_dim, **kwargs)
+        width, stddev = cfg.hidden_size, cfg.hidden_size**-0.5
+        self.embed = Embed(cfg.vocab_size, width, stddev=_WORD_GAIN * stddev, **init)
+        self.pos_embed = normal_table((cfg.max_length, width), stddev, **init)
+        shape = (width, cfg.num_heads, cfg.mlp_dim)
+        self.blocks = EncoderBlock(*shape, eps=cfg.norm_eps, stack=(cfg.num_layers,), **init)
+        self.final_norm = LayerNorm(width, eps=cfg.norm_eps, **init)
+        self.head = Linear(width, out_dim, **init)
 
     @logical_axes.tower_rules()
     def __call__(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
@@ -325,25 +298,32 @@ class SiglipText(nnx.Module):
         return shard(self.head(self.final_norm(x)), "batch", "embed")
 
 
-def read_vision_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates the config.json of a SigLIP (the vision tower alone, or both) into a vision tower's section.
+# Our fields → keys of config.json, and the sizes of the base model, transformers' defaults.
+_SIZES = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+}
+VISION_SIZES = {"image_size": "image_size", "patch_size": "patch_size", **_SIZES}
+_TEXT_SIZES = {"vocab_size": "vocab_size", "max_length": "max_position_embeddings", **_SIZES}
+_BASE = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
 
-    Files on the hub leave out what equals transformers' defaults, which are the base model's.
+
+def read_vision_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Translates the config.json of a SigLIP vision tower, or of both towers, into a vision tower's section.
+
+    Files on the hub omit transformers' defaults, those of the base model.
 
     Raises:
-      UserError: a setting that this tower does not have.
+      UserError: an unsupported setting.
     """
-    vision = subsection(values, "vision_config", where) if values.get("model_type") == "siglip" else values
-    refuse(vision, where, {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)})
+    vision = hf.subsection(values, "vision_config", where) if values.get("model_type") == "siglip" else values
+    hf.refuse(vision, where, {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)})
     return {
         "type": "siglip",
-        "image_size": size(vision, "image_size", where, 224),
-        "patch_size": size(vision, "patch_size", where, 16),
-        "hidden_size": size(vision, "hidden_size", where, 768),
-        "num_layers": size(vision, "num_hidden_layers", where, 12),
-        "num_heads": size(vision, "num_attention_heads", where, 12),
-        "mlp_dim": size(vision, "intermediate_size", where, 3072),
-        "norm_eps": number(vision, "layer_norm_eps", where, 1e-6),
+        **hf.read_sizes(vision, where, VISION_SIZES, {"image_size": 224, "patch_size": 16, **_BASE}),
+        "norm_eps": hf.number(vision, "layer_norm_eps", where, 1e-6),
         # transformers pools by default; PaliGemma's towers, which NVILA has, lack the head.
         "head": "head.probe" in shapes,
     }
@@ -351,35 +331,18 @@ def read_vision_config(values: Mapping[str, Any], where: Path, shapes: Mapping[s
 
 def read_text_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Translates the text tower of a SigLIP's config.json into a section."""
-    text = subsection(values, "text_config", where)
-    refuse(text, where, {"hidden_act": ("gelu_pytorch_tanh",)})
-    layers = size(text, "num_hidden_layers", where, 12)
-    return {
-        "vocab_size": size(text, "vocab_size", where, 32_000),
-        "max_length": size(text, "max_position_embeddings", where, 64),
-        "hidden_size": size(text, "hidden_size", where, 768),
-        "num_layers": layer_count(layers, shapes, f"{where}: text_config.num_hidden_layers"),
-        "num_heads": size(text, "num_attention_heads", where, 12),
-        "mlp_dim": size(text, "intermediate_size", where, 3072),
-        "norm_eps": number(text, "layer_norm_eps", where, 1e-6),
-        "logit_bias": -10.0,  # of a fresh model; the weights have their own
-    }
+    text = hf.subsection(values, "text_config", where)
+    hf.refuse(text, where, {"hidden_act": ("gelu_pytorch_tanh",)})
+    sizes = hf.read_sizes(text, where, _TEXT_SIZES, {"vocab_size": 32_000, "max_length": 64, **_BASE})
+    hf.layer_count(sizes["num_layers"], shapes, f"{where}: text_config.num_hidden_layers")
+    # `logit_bias` initialises new models only; released weights contain their own.
+    return {**sizes, "norm_eps": hf.number(text, "layer_norm_eps", where, 1e-6), "logit_bias": -10.0}
 
 
 def vision_sizes(tower: TowerConfig, dtype: str) -> dict[str, Any]:
     """The sizes of a tower in config.json."""
-    return {
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
-        "num_channels": 3,
-        "hidden_size": tower.hidden_size,
-        "num_hidden_layers": tower.num_layers,
-        "num_attention_heads": tower.num_heads,
-        "intermediate_size": tower.mlp_dim,
-        "layer_norm_eps": tower.norm_eps,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
+    sizes = {**hf.write_sizes(tower, VISION_SIZES), "num_channels": 3, "layer_norm_eps": tower.norm_eps}
+    return {**sizes, "dtype": dtype, "torch_dtype": dtype}
 
 
 def write_vision_config(tower: SiglipConfig, dtype: str) -> dict[str, Any]:
@@ -398,28 +361,18 @@ def write_pair_config(tower: SiglipConfig, text: SiglipTextConfig, dtype: str) -
     """The config.json of a SigLIP with both towers."""
     vision = write_vision_config(tower, dtype)
     del vision["architectures"]
-    return {
-        "architectures": ["SiglipModel"],
-        "model_type": "siglip",
-        "vision_config": vision,
-        "text_config": {
-            "model_type": "siglip_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.max_length,
-            "hidden_size": text.hidden_size,
-            "num_hidden_layers": text.num_layers,
-            "num_attention_heads": text.num_heads,
-            "intermediate_size": text.mlp_dim,
-            "layer_norm_eps": text.norm_eps,
-            "hidden_act": "gelu_pytorch_tanh",
-            "attention_dropout": 0.0,
-            "projection_size": tower.hidden_size,
-            "dtype": dtype,
-            "torch_dtype": dtype,
-        },
-        "dtype": dtype,
-        "torch_dtype": dtype,
+    dtypes = {"dtype": dtype, "torch_dtype": dtype}
+    text_config = {
+        "model_type": "siglip_text_model",
+        **hf.write_sizes(text, _TEXT_SIZES),
+        "layer_norm_eps": text.norm_eps,
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+        "projection_size": tower.hidden_size,
+        **dtypes,
     }
+    own = {"architectures": ["SiglipModel"], "model_type": "siglip"}
+    return {**own, "vision_config": vision, "text_config": text_config, **dtypes}
 
 
 def preprocessor(tower: SiglipConfig) -> dict[str, Any]:
@@ -443,19 +396,18 @@ def vision_tensors(tower: SiglipConfig) -> list[TensorRule]:
     """Tensors of the vision tower, by their names without prefix."""
     to = "vision_tower/"
     rules = [
-        TensorRule(f"{to}patch_embed/kernel", ("embeddings.patch_embedding.weight",), PATCHES),
-        TensorRule(f"{to}patch_embed/bias", ("embeddings.patch_embedding.bias",), KEEP),
+        *hf.dense(f"{to}patch_embed", "embeddings.patch_embedding", layout=hf.PATCHES),
         TensorRule(f"{to}pos_embed", ("embeddings.position_embedding.weight",), KEEP),
-        *layer_norm(f"{to}post_norm", "post_layernorm"),
+        *hf.layer_norm(f"{to}post_norm", "post_layernorm"),
         *_encoder(f"{to}blocks", "encoder.layers", tower.num_layers),
     ]
     if tower.head:
         rules += [
             TensorRule(f"{to}head/probe", ("head.probe",), KEEP),
             *_pooling_attention(f"{to}head/attn", "head.attention"),
-            *layer_norm(f"{to}head/norm", "head.layernorm"),
-            *dense(f"{to}head/mlp/fc1", "head.mlp.fc1"),
-            *dense(f"{to}head/mlp/fc2", "head.mlp.fc2"),
+            *hf.layer_norm(f"{to}head/norm", "head.layernorm"),
+            *hf.dense(f"{to}head/mlp/fc1", "head.mlp.fc1"),
+            *hf.dense(f"{to}head/mlp/fc2", "head.mlp.fc2"),
         ]
     return rules
 
@@ -463,14 +415,16 @@ def vision_tensors(tower: SiglipConfig) -> list[TensorRule]:
 def text_tensors(text: SiglipTextConfig) -> list[TensorRule]:
     """Tensors of a two-tower SigLIP besides its vision tower."""
     to, prefix = "text_tower/", "text_model."
+    embeddings = [
+        ("embed/embedding", f"{prefix}embeddings.token_embedding.weight", KEEP),
+        ("pos_embed", f"{prefix}embeddings.position_embedding.weight", KEEP),
+    ]
     return [
-        TensorRule(f"{to}embed/embedding", (f"{prefix}embeddings.token_embedding.weight",), KEEP),
-        TensorRule(f"{to}pos_embed", (f"{prefix}embeddings.position_embedding.weight",), KEEP),
+        *hf.single(to, embeddings),
         *_encoder(f"{to}blocks", f"{prefix}encoder.layers", text.num_layers),
-        *layer_norm(f"{to}final_norm", f"{prefix}final_layer_norm"),
-        *dense(f"{to}head", f"{prefix}head"),
-        TensorRule("logit_scale", ("logit_scale",), LEADING),
-        TensorRule("logit_bias", ("logit_bias",), LEADING),
+        *hf.layer_norm(f"{to}final_norm", f"{prefix}final_layer_norm"),
+        *hf.dense(f"{to}head", f"{prefix}head"),
+        *hf.single("", [(name, name, hf.LEADING) for name in ("logit_scale", "logit_bias")]),
     ]
 
 
@@ -487,12 +441,12 @@ def _encoder(target: str, source: str, count: int) -> list[TensorRule]:
     rows: list[tuple[str, str, Layout]] = []
     for ours, (theirs, weight, layout) in names.items():
         rows += [(f"{ours}/{weight}", f"{theirs}.weight", layout), (f"{ours}/bias", f"{theirs}.bias", KEEP)]
-    return stacked(target, source, count, rows)
+    return hf.stacked(target, source, count, rows)
 
 
 def _pooling_attention(target: str, source: str) -> list[TensorRule]:
     """PyTorch's MultiheadAttention stores query, key and value in one tensor, in this order."""
-    rules = dense(f"{target}/o", f"{source}.out_proj")
+    rules = hf.dense(f"{target}/o", f"{source}.out_proj")
     for part, name in enumerate("qkv"):
         kernel, bias = Layout(axes=(1, 0), part=part, parts=3), Layout(part=part, parts=3)
         rules.append(TensorRule(f"{target}/{name}/kernel", (f"{source}.in_proj_weight",), kernel))

@@ -11,8 +11,9 @@ from flax import nnx
 
 from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import families, projector
+from vilam3_jax.models import families
 from vilam3_jax.models.model_config import ModelConfig
+from vilam3_jax.models.projector import Projector
 from vilam3_jax.models.s2 import s2_features, tile_features
 from vilam3_jax.models.siglip import check_images
 from vilam3_jax.sharding import logical_axes
@@ -30,21 +31,14 @@ class Vila(nnx.Module):
         llm: Any = families.get("llm", cfg.llm.type).module
         self.layout = cfg.image_layout
         self.vision_tower: Any = tower(cfg.vision_tower, remat=cfg.remat, **kwargs)
-        self.projector = projector.Projector(
-            cfg.projector, cfg.projector_width, cfg.llm.hidden_size, **kwargs
-        )
+        self.projector = Projector(cfg.projector, cfg.projector_width, cfg.llm.hidden_size, **kwargs)
         self.llm = llm(cfg.llm, remat=cfg.remat, **kwargs)
-
-    @property
-    def num_image_tokens(self) -> int:
-        """T: tokens one input occupies in the text stream."""
-        return self.projector.num_tokens(self.vision_tower.grid)
 
     def encode_images(self, images: jax.Array) -> jax.Array:
         """Uint8 [N, S, S, 3] -> [N, T, D], tokens in the space of text embeddings."""
         layout, tower = self.layout, self.vision_tower
         if layout.mode == "dynamic_s2":
-            raise ValueError("inputs of 'dynamic_s2' belong together: use encode_tiles")
+            raise ValueError("'dynamic_s2' encodes the tiles of an image together: use encode_tiles")
         if not layout.scales:
             return self.projector(tower.features(images))
         check_images(images, layout.input_size)
@@ -53,7 +47,7 @@ class Vila(nnx.Module):
     def encode_tiles(self, images: jax.Array, tiles: jax.Array) -> jax.Array:
         """`encode_images` of 'dynamic_s2': uint8 [G, M, S, S, 3], int32 [G, M, 5] -> [G * M, T, D].
 
-        Tiles of lower scales get tokens too, which nothing reads.
+        Tiles of lower scales also get tokens, which are not used.
         """
         tower, layout = self.vision_tower, self.layout
         features = _over_all_devices(tower.features, images)
@@ -78,14 +72,14 @@ class Vila(nnx.Module):
             group g.
           image_valid: bool [G, M]; False for empty slots.
           visual_index: int [B, L]: index of the token among the group's M*T image tokens; -1 for text. An
-            index beyond M*T gives NaN, so that the error shows.
-          image_tiles: int [G, M, 5], for 'dynamic_s2' alone; see `tile_features`.
+            index beyond M*T gives NaN, so that the error is visible.
+          image_tiles: int [G, M, 5], for 'dynamic_s2' only; see `tile_features`.
 
         Returns:
           [B, L, D].
 
         Raises:
-          ValueError: the rows do not divide into groups, or images come without their validity or index.
+          ValueError: the rows do not divide into groups, or arguments are missing.
         """
         text = shard(self.llm.embed(tokens), "batch", "length", "embed")
         if images is None or not images.shape[1]:  # data.images_per_group=0
@@ -118,14 +112,9 @@ class Vila(nnx.Module):
 
 
 def _over_all_devices(encode: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
-    """Encodes images one by one, spread over all devices, also those that share a row (`mesh.context`).
+    """Encodes images [G, M, S, S, 3] -> [G * M, T, D] on all devices, those of `mesh.context` included.
 
-    Args:
-      encode: [N, S, S, 3] -> [N, T, D].
-      images: [G, M, S, S, 3]; padded with empty ones if not divisible by the devices.
-
-    Returns:
-      [G * M, T, D].
+    `encode` maps [N, S, S, 3] to [N, T, D]; N is padded to a multiple of the devices.
     """
     groups, slots = images.shape[:2]
     if logical_axes.axis_size("length") == 1:

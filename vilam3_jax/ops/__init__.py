@@ -1,1 +1,1 @@
-"""Attention, losses and activation sharding: the numeric parts that know about hardware."""
+"""Attention, losses and quantised products: numerical code that depends on the hardware."""

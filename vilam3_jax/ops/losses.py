@@ -30,27 +30,25 @@ def chunked_cross_entropy(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted next-token cross entropy over packed rows.
 
-    The state at t-1 predicts token t iff both lie in the same segment and that is not 0; the term counts with
-    `loss_weights[t]`. Positions without a loss cost nothing: each row's supervised positions are moved to
-    its front, and only as many chunks are computed as the fullest row needs. At most `[B, chunk, V]`
-    logits exist at a time. The gradient is taken in the same pass as the value (logits are not computed
-    again) and is exact; `loss_weights` are constants.
+    The state at t-1 predicts token t if both have the same segment, other than 0; its loss has the weight
+    `loss_weights[t]`, a constant. Positions without a loss cost nothing: the supervised positions of each row
+    are moved to its front, and only the chunks that the fullest row needs are computed. The gradient is exact
+    and computed in the same pass as the value.
 
-    In a sharded step (`logical_axes.activation_rules`) every device works on its own rows, and on its part of
-    the vocabulary if that is split. The kernel is gathered once, its gradient summed and split once, at the
-    end.
+    In a sharded step (`logical_axes.activation_rules`) every device computes its own rows and its part of the
+    vocabulary. The kernel is gathered once; its gradient is summed and split once, at the end.
 
     Args:
-      hidden: [B, L, D], states after the last norm.
+      hidden: [B, L, D], states after the final norm.
       head_kernel: [D, V], an array or a `Weight`; it is used in the type of `hidden`, logits are float32.
       tokens: int [B, L].
-      loss_weights: float [B, L], weight of token t as a target.
+      loss_weights: float [B, L].
       segment_ids: int [B, L], 0 for padding.
-      chunk: positions of every row whose logits are held at a time.
+      chunk: positions of every row whose logits [B, chunk, V] are in memory at a time.
 
     Returns:
-      (sum of weighted losses, sum of weights, sum of weights where the most probable token is the target),
-      float32 scalars.
+      float32 scalars: sum of weighted losses, sum of weights, and sum of weights where the most probable
+      token is the target.
 
     Raises:
       ValueError: `chunk` is not positive.
@@ -59,7 +57,7 @@ def chunked_cross_entropy(
         raise ValueError(f"chunk must be positive, not {chunk}")
     same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     weights = jnp.where(same, loss_weights[:, 1:].astype(jnp.float32), 0.0)
-    # The last position predicts nothing; it keeps a zero weight so that the length stays L.
+    # The last position predicts nothing and gets weight 0, so that the length remains L.
     weights = jax.lax.stop_gradient(jnp.pad(weights, ((0, 0), (0, 1))))
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     kernel = as_weight(head_kernel)
@@ -70,8 +68,7 @@ def chunked_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(hidden, head_kernel, targets, weights, chunk, spec):
-    sums, _ = _on_devices(hidden, head_kernel, targets, weights, chunk, spec, _Wanted(False, False))
-    return sums
+    return _on_devices(hidden, head_kernel, targets, weights, chunk, spec, _Wanted(False, False))[0]
 
 
 def _cross_entropy_forward(hidden, head_kernel, targets, weights, chunk, spec):
@@ -82,7 +79,7 @@ def _cross_entropy_forward(hidden, head_kernel, targets, weights, chunk, spec):
 
 
 def _cross_entropy_backward(chunk, spec, gradients, cotangents):
-    d_loss, _ = cotangents  # the count of right answers is piecewise constant
+    d_loss, _ = cotangents  # the number of correct predictions is piecewise constant
     if isinstance(d_loss, SymbolicZero):
         return None, None, None, None
     d_hidden, d_kernel = (None if g is None else (g * d_loss).astype(g.dtype) for g in gradients)
@@ -100,7 +97,7 @@ class _Wanted(NamedTuple):
 
 
 class _Axes(NamedTuple):
-    """Mesh axes over which a device's tokens, columns of logits and stored rows of the kernel are split."""
+    """Mesh axes that split the tokens, the columns of logits and the stored rows of the kernel."""
 
     tokens: tuple[str, ...] = ()
     vocab: tuple[str, ...] = ()
@@ -109,7 +106,7 @@ class _Axes(NamedTuple):
 
 
 def _on_devices(hidden, head_kernel, targets, weights, chunk, kernel_spec, wanted):
-    """Returns ((sum of losses, sum of right answers), (gradients by hidden and kernel, or None))."""
+    """Returns ((sum of losses, sum of correct predictions), gradients of hidden and kernel, each or None)."""
     local = partial(_local_cross_entropy, chunk=chunk, wanted=wanted)
     step = logical_axes.current()
     if step is None:
@@ -140,7 +137,7 @@ def _on_devices(hidden, head_kernel, targets, weights, chunk, kernel_spec, wante
 
 
 def _local_cross_entropy(hidden, head_kernel, targets, weights, *, chunk, wanted, axes):
-    """One device's share of `_on_devices`: its tokens, and its part of the vocabulary."""
+    """`_on_devices` for one device's tokens and part of the vocabulary."""
     length = hidden.shape[1]
     chunk = min(chunk, length)
     padded = -(-length // chunk) * chunk
@@ -195,7 +192,7 @@ def _local_cross_entropy(hidden, head_kernel, targets, weights, *, chunk, wanted
         back = jnp.argsort(order, axis=1)[..., None]  # the inverse permutation
         d_hidden = jnp.take_along_axis(d_states[:, :length], back, axis=1)
     if wanted.kernel:
-        # Summed over devices in the type of the products, as the gradients of all other weights are.
+        # Summed over devices in the type of the products, like the gradients of all other weights.
         d_kernel = _stored_gradient(d_kernel.astype(hidden.dtype), vocab, axes).astype(head_kernel.dtype)
     return _over(jax.lax.psum, (loss_sum, correct_sum), axes.tokens), (d_hidden, d_kernel)
 
@@ -205,7 +202,7 @@ def _over(collective, x, axes):
 
 
 def _own_columns(kernel, axes):
-    """Returns (this device's columns [D, V / parts, rounded up], index of their first, V)."""
+    """Returns (this device's columns [D, V / parts, rounded up], index of the first, V)."""
     for axis in reversed(axes.kernel_rows):  # one by one, as in `matmul.linear`
         kernel = jax.lax.all_gather(kernel, axis, axis=0, tiled=True)
     if not axes.vocab:
@@ -222,8 +219,13 @@ def _own_columns(kernel, axes):
 def _stored_gradient(gradient, vocab, axes):
     """Sums the gradient of a device's columns over all tokens and reshards it as the kernel is stored."""
     exchanged = [axis for axis in axes.kernel_rows if axis in axes.vocab]
+    pieces = [gradient]
     thin = axes.kernel_rows and gradient.shape[0] // logical_axes.devices_along(axes.kernel_rows[:1]) < LANES
-    pieces = _pieces(gradient) if thin and not exchanged else [gradient]
+    if thin and not exchanged:
+        # In column blocks: XLA all-reduces a gigabyte instead of scattering thin slices.
+        fitting = _PIECE_BYTES // (gradient.shape[0] * gradient.dtype.itemsize)
+        width = 2 ** max(fitting.bit_length() - 1, 0)
+        pieces = jnp.split(gradient, list(range(width, gradient.shape[1], width)), axis=1)
     for axis in axes.kernel_rows:
         if axis in exchanged:
             pieces = [jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=1, tiled=True) for x in pieces]
@@ -239,13 +241,6 @@ def _stored_gradient(gradient, vocab, axes):
     return gradient
 
 
-def _pieces(gradient):
-    """Cuts [D, V] into column blocks; XLA all-reduces a gigabyte instead of scattering thin slices."""
-    fitting = _PIECE_BYTES // (gradient.shape[0] * gradient.dtype.itemsize)
-    width = 2 ** max(fitting.bit_length() - 1, 0)
-    return jnp.split(gradient, list(range(width, gradient.shape[1], width)), axis=1)
-
-
 def sigmoid_contrastive_loss(
     img: jax.Array,
     txt: jax.Array,
@@ -254,24 +249,24 @@ def sigmoid_contrastive_loss(
     valid: jax.Array | None = None,
     labels: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """SigLIP's loss (arXiv:2303.15343): every image-text pair of the batch is its own yes/no question.
+    """SigLIP's loss (arXiv:2303.15343): every image-text pair of the batch is a binary classification.
 
     In a sharded step (`logical_axes.activation_rules`) texts travel around the devices that share the batch,
-    as in the paper: a device holds the logits of its own images and one device's texts at a time. The
-    gradient is exact and is computed in the same pass as the value.
+    as in the paper: a device has the logits of its own images and one device's texts in memory at a time. The
+    gradient is exact and computed in the same pass as the value.
 
     Args:
       img: [B, E], unit length.
       txt: [B, E], unit length; row i belongs to image i.
       logit_scale: scalar, the logarithm of the inverse temperature.
       logit_bias: scalar.
-      valid: bool [B]; rows that are False form no pairs. None: all are real.
-      labels: int [B, T], such as the texts' tokens; image i matches text j if rows i and j are equal. None:
-        if i = j, as in the paper.
+      valid: bool [B], which rows form pairs; None for all.
+      labels: int [B, T], such as the texts' tokens; image i matches text j if rows i and j are equal. None
+        for i = j, as in the paper.
 
     Returns:
-      float32 scalars: -log sigmoid summed over all pairs of valid rows; the number of valid rows; how many of
-      their images score highest with a text of their own label.
+      float32 scalars: -log sigmoid summed over all pairs of valid rows; the number of valid rows; the number
+      of their images whose highest score is with a text of their own label.
     """
     batch = img.shape[0]
     valid = jnp.ones(batch, bool) if valid is None else valid
@@ -282,51 +277,35 @@ def sigmoid_contrastive_loss(
 
 
 @jax.custom_vjp
-def _sigmoid_pairs(img, txt, log_scale, bias, valid, labels):
-    loss_sum, correct, _ = _ring_of_texts(img, txt, log_scale, bias, valid, labels, with_gradients=False)
-    return loss_sum, correct
-
-
-def _sigmoid_pairs_forward(img, txt, log_scale, bias, valid, labels):
-    loss_sum, correct, gradients = _ring_of_texts(
-        img, txt, log_scale, bias, valid, labels, with_gradients=True
-    )
-    return (loss_sum, correct), gradients
+def _sigmoid_pairs(*arguments):
+    return _ring_of_texts(*arguments, with_gradients=False)[0]
 
 
 def _sigmoid_pairs_backward(gradients, cotangents):
-    d_loss, _ = cotangents  # the count of right answers is piecewise constant
+    d_loss, _ = cotangents  # the number of correct images is piecewise constant
     return *((g * d_loss).astype(g.dtype) for g in gradients), None, None
 
 
-_sigmoid_pairs.defvjp(_sigmoid_pairs_forward, _sigmoid_pairs_backward)
-
-
-def _ring_of_texts(img, txt, log_scale, bias, valid, labels, with_gradients):
-    """Returns the sums of losses and of right answers, and the gradients by the first four (or None)."""
+def _ring_of_texts(*arguments, with_gradients):
+    """Returns ((sum of losses, number of correct images), gradients of the first four arguments or None)."""
     step = logical_axes.current()
     if step is None:
-        return _pair_with_texts(
-            img, txt, log_scale, bias, valid, labels, axes=(), with_gradients=with_gradients
-        )
+        return _pair_with_texts(*arguments, axes=(), with_gradients=with_gradients)
     mesh, spec = step
     rows, one = spec("batch"), spec()
-    axes = rows[0] or ()
-    gradients = (rows, rows, one, one) if with_gradients else None
     return jax.shard_map(
-        partial(
-            _pair_with_texts,
-            axes=(axes,) if isinstance(axes, str) else tuple(axes),
-            with_gradients=with_gradients,
-        ),
+        partial(_pair_with_texts, axes=logical_axes.as_tuple(rows[0]), with_gradients=with_gradients),
         mesh=mesh,
         in_specs=(rows, rows, one, one, rows, rows),
-        out_specs=(one, one, gradients),
-    )(img, txt, log_scale, bias, valid, labels)
+        out_specs=((one, one), (rows, rows, one, one) if with_gradients else None),
+    )(*arguments)
+
+
+_sigmoid_pairs.defvjp(partial(_ring_of_texts, with_gradients=True), _sigmoid_pairs_backward)
 
 
 def _pair_with_texts(img, txt, log_scale, bias, valid, labels, *, axes, with_gradients):
-    """One device's share: pairs its images with the texts of every device along `axes` in turn."""
+    """Pairs one device's images with the texts of every device along `axes` in turn."""
     devices = jax.lax.axis_size(axes) if axes else 1
     here = jax.lax.axis_index(axes) if axes else 0
     count = img.shape[0]
@@ -349,12 +328,9 @@ def _pair_with_texts(img, txt, log_scale, bias, valid, labels, *, axes, with_gra
         scores = jnp.where(their_valid[None], products, -jnp.inf)
         column = jnp.argmax(scores, axis=1)[:, None]
         score = jnp.take_along_axis(scores, column, axis=1)[:, 0]
-        found = (
-            score,
-            (here + turn) % devices * count + column[:, 0],
-            jnp.take_along_axis(same, column, 1)[:, 0],
-        )
-        # Of equal scores the first text of the global batch counts, wherever a device begins.
+        index = (here + turn) % devices * count + column[:, 0]
+        found = score, index, jnp.take_along_axis(same, column, 1)[:, 0]
+        # Of equal scores the first text of the global batch counts, whatever the order of devices.
         better = (score > best[0]) | ((score == best[0]) & (found[1] < best[1]))
         best = tuple(jnp.where(better, new, old) for new, old in zip(found, best, strict=True))
 
@@ -369,23 +345,17 @@ def _pair_with_texts(img, txt, log_scale, bias, valid, labels, *, axes, with_gra
         sums = jax.tree.map(jnp.add, sums, more)
         return onwards(texts), onwards(d_txt), sums, best
 
-    def everywhere(tree):
-        """A carry that starts alike on all devices but will differ."""
-        return jax.tree.map(lambda x: equally_varying(x, valid)[0], tree)
-
     zero, rows = jnp.zeros((), jnp.float32), jnp.zeros(img.shape, jnp.float32)
     sums = (zero, rows, zero, zero) if with_gradients else (zero,)
     d_txt = rows if with_gradients else ()
     best = jnp.full(count, -jnp.inf), jnp.full(count, devices * count), jnp.zeros(count, bool)
-    carry = (txt, valid, labels), *everywhere((d_txt, sums, best))
-    _, d_txt, sums, best = jax.lax.fori_loop(0, devices, body, carry)
+    # The carry starts equal on all devices but will differ.
+    varying = jax.tree.map(lambda x: equally_varying(x, valid)[0], (d_txt, sums, best))
+    _, d_txt, sums, best = jax.lax.fori_loop(0, devices, body, ((txt, valid, labels), *varying))
     correct = (best[2] & valid).sum().astype(jnp.float32)
-
-    def total(x):
-        return jax.lax.psum(x, axes) if axes else x
-
-    if not with_gradients:
-        return total(sums[0]), total(correct), None
-    loss, d_img, d_scale, d_bias = sums
-    gradients = d_img.astype(img.dtype), d_txt.astype(txt.dtype), total(d_scale), total(d_bias)
-    return total(loss), total(correct), gradients
+    total = partial(_over, jax.lax.psum, axes=axes)
+    gradients = None
+    if with_gradients:
+        _, d_img, d_scale, d_bias = sums
+        gradients = d_img.astype(img.dtype), d_txt.astype(txt.dtype), total(d_scale), total(d_bias)
+    return (total(sums[0]), total(correct)), gradients

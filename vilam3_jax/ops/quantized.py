@@ -1,9 +1,9 @@
 """Quantised matrix products and quantised frozen kernels, by Qwix (an optional package).
 
-`einsum` quantises both factors of a product to int8 or float8 with dynamic scales: the largest magnitude over
+`einsum` quantises both factors of a product to int8 or float8. Scales are dynamic, the largest magnitude over
 the contracted axes, one per remaining channel (a row of activations, a column of a kernel). Under `shard_map`
-only the device's part of the contraction counts, so scales need no communication: a kernel whose rows are
-split over `tensor` has one scale per column and device, as with Qwix's `tile_size`.
+they are taken over the device's part of the contraction, without communication: a kernel whose rows are split
+over `tensor` has one scale per column and device, as with Qwix's `tile_size`.
 
 `QuantizedKernel` is a frozen kernel in int8 or in the 4-bit NormalFloat of QLoRA (arXiv:2305.14314).
 """
@@ -29,7 +29,7 @@ from vilam3_jax.sharding import matmul
 MATMULS = ("int8", "fp8")
 KERNELS = ("int8", "nf4")
 NF4_TILE = 64  # rows of a kernel that share a scale, as in QLoRA
-# Name → types of a product's factors and of an incoming gradient.
+# Name → types of the factors and of an incoming gradient.
 _TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
 
 
@@ -41,7 +41,7 @@ class QuantizationConfig(Section):
       matmul: 'int8' or 'fp8' for the products of `modules`; '' for none.
       gradients: also quantise the products of the backward pass.
       frozen: storage format of the kernels of `modules`, which must be frozen: 'int8' or 'nf4'; '' for none.
-      modules: regular expression of linear layers, such as 'llm/layers/.*'; never the LLM's head.
+      modules: regular expression over linear layers, such as 'llm/layers/.*'; the LLM's head is excluded.
     """
 
     key = "quantization"
@@ -51,13 +51,13 @@ class QuantizationConfig(Section):
     modules: str = r"llm/layers/.*"
 
     def validate(self) -> None:
-        """Checks that the settings go together."""
+        """Checks combinations of settings."""
         if self.gradients and not self.matmul:
             raise UserError("config quantization.gradients=True needs quantization.matmul")
         if self.matmul and self.frozen:
             raise UserError(
-                f"config quantization.matmul={self.matmul!r} and frozen={self.frozen!r}: a kernel that is "
-                "stored quantised is multiplied dequantised; leave one of them empty"
+                f"config quantization.matmul={self.matmul!r} and frozen={self.frozen!r}: kernels that are "
+                "stored quantised are multiplied dequantised; leave one of them empty"
             )
         try:
             re.compile(self.modules)
@@ -65,13 +65,10 @@ class QuantizationConfig(Section):
             raise self.error("modules", f"is not a regular expression: {error}") from error
 
     def matching(self, shapes: Mapping[str, Any]) -> list[str]:
-        """Paths of the kernels that `modules` names.
+        """Paths of the kernels that `modules` matches; raises UserError if there are none.
 
         Args:
           shapes: path → ShapeDtypeStruct of every parameter.
-
-        Raises:
-          UserError: it matches none.
         """
         linear = (path for path, leaf in shapes.items() if path.endswith("/kernel") and len(leaf.shape) <= 3)
         possible = sorted(path for path in linear if path != "llm/lm_head/kernel")
@@ -88,7 +85,7 @@ class QuantizedMatmul:
 
     Attributes:
       kind: 'int8', or 'fp8' (e4m3; gradients e5m2).
-      gradients: also quantise the two products of the backward pass. Otherwise they use the unquantised
+      gradients: also quantise the two products of the backward pass, which otherwise use the unquantised
         factors (straight-through estimator).
     """
 
@@ -100,14 +97,7 @@ class QuantizedMatmul:
 
 
 def check_installed(key: str) -> None:
-    """Looks for Qwix.
-
-    Args:
-      key: the config key that asks for it.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """Raises UserError if Qwix, which the config key `key` needs, is not installed."""
     if importlib.util.find_spec("qwix") is None:
         raise UserError(
             f"config {key} needs the package qwix, which is not installed; pip install -e '.[quant]', "
@@ -117,30 +107,29 @@ def check_installed(key: str) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def einsum(how: QuantizedMatmul, spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays, both quantised first.
+    """`jnp.einsum` of two arrays, quantised first; the result is scaled in float32 and has the type of `x`.
 
     Args:
       how: types of the factors.
-      spec: 'abi,io->abo' and the like: one letter an axis, each in two of the three terms, and those of the
+      spec: such as 'abi,io->abo': one letter per axis, each in two of the three terms, and those of the
         result in the order of the factors.
       x: first factor.
       y: second factor.
-
-    Returns:
-      The product in the type of `x`; scaled in float32.
     """
     import qwix
 
-    factors, result = spec.split("->")
-    quantized = [
-        _quantize(array, letters, result, _TYPES[how.kind][0])
-        for array, letters in zip((x, y), factors.split(","), strict=True)
-    ]
-    return qwix.einsum(spec, *quantized).astype(x.dtype)
+    first, second, result = _terms(spec)
+    kind, _ = _TYPES[how.kind]
+    factors = _quantize(x, first, result, kind), _quantize(y, second, result, kind)
+    return qwix.einsum(spec, *factors).astype(x.dtype)
+
+
+def _terms(spec: str) -> list[str]:
+    return spec.replace("->", ",").split(",")
 
 
 def _quantize(array: jax.Array, letters: str, kept: str, kind: Any) -> Any:
-    """A `qwix.QArray` with a float32 scale for every index of the axes that are in `kept`."""
+    """A `qwix.QArray` with one float32 scale per index of the axes in `kept`."""
     import qwix
 
     channels = [axis for axis, letter in enumerate(letters) if letter in kept]
@@ -156,14 +145,23 @@ def _forward(how: QuantizedMatmul, spec: str, x: Any, y: Any) -> tuple[jax.Array
 def _backward(how: QuantizedMatmul, spec: str, kept: tuple[Any, Any], gradient: Any) -> tuple[Any, Any]:
     if isinstance(gradient, SymbolicZero):
         return None, None
-    factors, result = spec.split("->")
-    first, second = factors.split(",")
+    first, second, result = _terms(spec)
     x, y = kept
 
-    def product(other: jax.Array, letters: str, wanted: str) -> jax.Array:
+    def product(factor: jax.Array, letters: str, wanted: str) -> jax.Array:
+        import qwix
+
+        spec = f"{result},{letters}->{wanted}"
         if not how.gradients:
-            return matmul.einsum(f"{result},{letters}->{wanted}", gradient, other)
-        return _gradient_product(how, gradient, result, other, letters, wanted)
+            return matmul.einsum(spec, gradient, factor)
+        forward, backward = _TYPES[how.kind]
+        quantized = _quantize(factor, letters, result, forward)
+        # The factor's scales belong to axes that are contracted here, so they are multiplied into the
+        # gradient before it is quantised along the remaining axes.
+        along = [quantized.scale.shape[letters.index(axis)] if axis in letters else 1 for axis in result]
+        scaled = gradient.astype(jnp.float32) * quantized.scale.reshape(along)
+        out = qwix.einsum(spec, _quantize(scaled, result, wanted, backward), quantized.qvalue)
+        return out.astype(factor.dtype)
 
     return (
         None if y is None else product(y, second, first),
@@ -174,37 +172,18 @@ def _backward(how: QuantizedMatmul, spec: str, kept: tuple[Any, Any], gradient: 
 einsum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _gradient_product(
-    how: QuantizedMatmul, gradient: jax.Array, result: str, factor: jax.Array, letters: str, wanted: str
-) -> jax.Array:
-    """The product of an incoming gradient with a factor quantised as in the forward pass.
-
-    The factor's scales belong to axes that are contracted here, so they are multiplied into the gradient
-    before it is quantised along the remaining axes.
-    """
-    import qwix
-
-    forward, backward = _TYPES[how.kind]
-    quantized = _quantize(factor, letters, result, forward)
-    along = [quantized.scale.shape[letters.index(axis)] if axis in letters else 1 for axis in result]
-    scaled = gradient.astype(jnp.float32) * quantized.scale.reshape(along)
-    spec = f"{result},{letters}->{wanted}"
-    out = qwix.einsum(spec, _quantize(scaled, result, wanted, backward), quantized.qvalue)
-    return out.astype(factor.dtype)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedKernel:
-    """A frozen kernel [..., in, out], stored quantised; it takes the place of an array in a model.
+    """A frozen kernel [..., in, out], stored quantised; it replaces an array in a model.
 
     Attributes:
       qvalue: int8 [..., in, out]; for 'nf4' uint8 [..., in / 2, out], the codes of rows 2i and 2i + 1, the
         second in the upper half of a byte.
       scale: float32 [..., 1, out]; for 'nf4' [..., in / NF4_TILE, out].
       kind: 'int8' or 'nf4'.
-      dtype: of the dequantised array.
-      last: its last axes, if not (in, out).
+      dtype: type of the dequantised array.
+      last: last axes of the dequantised array, if not (in, out).
     """
 
     qvalue: Any
@@ -231,7 +210,7 @@ class QuantizedKernel:
         )
 
     def __getitem__(self, layers: Any) -> QuantizedKernel:
-        """Some layers of a stack; [...] is the whole kernel."""
+        """Selects layers of a stack; [...] returns the whole kernel."""
         return self if layers is ... else jax.tree.map(lambda part: part[layers], self)
 
     @staticmethod
@@ -251,27 +230,22 @@ class QuantizedKernel:
 
 
 def quantize_kernel(kernel: jax.Array, kind: str) -> QuantizedKernel:
-    """Quantises kernels [..., in, out]: a scale for every column ('int8'), or every tile of it ('nf4')."""
+    """Quantises kernels [..., in, out] with one scale per column ('int8') or per tile of a column ('nf4')."""
     import qwix
 
-    rows = kernel.ndim - 2
+    rows, nf4 = kernel.ndim - 2, kind == "nf4"
     channels = [axis for axis in range(kernel.ndim) if axis != rows]
-    tiles = {rows: NF4_TILE} if kind == "nf4" else {}
-    found = qwix.quantize(
-        kernel.astype(jnp.float32),
-        "nf4" if kind == "nf4" else jnp.int8,
-        channelwise_axes=channels,
-        tiled_axes=tiles,
-    )
+    axes: dict[str, Any] = dict(channelwise_axes=channels, tiled_axes={rows: NF4_TILE} if nf4 else {})
+    found = qwix.quantize(kernel.astype(jnp.float32), "nf4" if nf4 else jnp.int8, **axes)
     qvalue = found.qvalue
-    if kind == "nf4":
+    if nf4:
         codes = qvalue.astype(jnp.uint8).reshape(*kernel.shape[:-2], -1, 2, kernel.shape[-1])
         qvalue = codes[..., 0, :] | codes[..., 1, :] << 4
     return QuantizedKernel(qvalue, found.scale, kind, kernel.dtype)
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:
-    """Qwix's values of 4-bit codes, selected bit by bit: TPUs gather single numbers slowly."""
+    """Qwix's values of 4-bit codes, selected bit by bit, as TPUs gather single numbers slowly."""
     import qwix
 
     with jax.ensure_compile_time_eval():
@@ -285,10 +259,7 @@ def _nf4_values(codes: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def frozen_einsum(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
-    """`matmul.einsum` with a `QuantizedKernel`; only `x` has a gradient.
-
-    The backward pass dequantises again, so no layer's kernel is kept as an array.
-    """
+    """`matmul.einsum` with a kernel that has no gradient; the backward pass dequantises it again."""
     return matmul.einsum(spec, x, kernel.dequantize())
 
 
@@ -297,8 +268,7 @@ def _frozen_forward(spec: str, x: jax.Array, kernel: QuantizedKernel) -> tuple[j
 
 
 def _frozen_backward(spec: str, kernel: QuantizedKernel, gradient: jax.Array) -> tuple[jax.Array, None]:
-    factors, result = spec.split("->")
-    first, second = factors.split(",")
+    first, second, result = _terms(spec)
     return matmul.einsum(f"{result},{second}->{first}", gradient, kernel.dequantize()), None
 
 

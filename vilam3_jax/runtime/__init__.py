@@ -1,1 +1,1 @@
-"""What a process needs before any model: paths, processes, versions, run folders."""
+"""Code without models: paths, processes, versions, run folders."""

@@ -1,4 +1,4 @@
-"""The only place that knows JAX and Flax versions.
+"""All code that depends on the versions of JAX and Flax.
 
 Supported pairs: jax 0.10.2 with flax 0.12.8 (Python 3.11) and jax 0.12 with flax 0.12.12 (Python 3.12).
 """

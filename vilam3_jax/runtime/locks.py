@@ -1,4 +1,4 @@
-"""Locks on files and folders that the operating system drops when their process ends."""
+"""Locks on files and folders, released by the operating system when their process ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import filelock
 
 
 def try_lock(descriptor: int) -> bool:
-    """Locks an open file or folder for this process; False if another process holds the lock.
+    """Locks an open file or folder for this process; False if another process has locked it.
 
     Closing the descriptor releases it. A file system without locks never refuses.
     """

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TextIO
 
-LEVEL_VARIABLE = "VILAM3_LOG"  # such as DEBUG, which also tells why an attention backend was not chosen
+LEVEL_VARIABLE = "VILAM3_LOG"  # such as DEBUG, which also logs why attention backends were not chosen
 # Orbax logs errors that it also raises, with the stacks of all its threads.
 _QUIET = ("absl",)
 

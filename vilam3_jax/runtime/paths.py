@@ -105,19 +105,14 @@ def children(folder: PathLike) -> list[epath.Path]:
 
 
 def exists(path: PathLike) -> bool:
-    """Whether a file or folder exists.
-
-    Raises:
-      UnavailableError: the disk or the network fails.
-      UserError: the object store refuses to answer, for example without credentials.
-    """
+    """Whether a file or folder exists; UserError if the store refuses to answer, as without credentials."""
     path = as_path(path)
     try:
         return path.exists()
     except Exception as error:  # object stores raise classes of their own
         check_passing(path, error)
         raise UserError(
-            f"{path}: cannot be looked up ({type(error).__name__}); check the path and your access to it"
+            f"{path}: cannot be accessed ({type(error).__name__}); check the path and your access to it"
         ) from error
 
 
@@ -136,7 +131,7 @@ def _look_up(path: epath.Path) -> tuple[bool, int]:
 
 
 def read_bytes(path: PathLike, max_bytes: int) -> bytes:
-    """Reads a whole file of at most `max_bytes`, so that a hostile file cannot exhaust memory.
+    """Reads a whole file; `max_bytes` keeps hostile files from exhausting memory.
 
     Raises:
       UserError: the file is missing, a folder, too large or unreadable.

@@ -67,13 +67,7 @@ def group(
     """Context of a program that may be one of several processes; enter it before the first use of a device.
 
     An error in one process ends all of them: the first to fail reports its error, the others refer to it.
-
-    Args:
-      program: name of the program, for messages.
-      coordinator_address: see `FLAGS`.
-      num_processes: None for one process, or the number that the environment states.
-      process_id: see `FLAGS`.
-      distributed: start several processes even if no known environment variable says so.
+    `program` is the name in messages; see `FLAGS` for the other arguments, which the environment can replace.
 
     Raises:
       UserError: the flags contradict each other, or the processes could not connect.
@@ -102,7 +96,9 @@ def _join(address: str | None, count: int | None, number: int | None, distribute
     if count == 1 or not (any(given) or distributed or _launched(os.environ)):
         return False
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # ignored by other devices
-    timeouts = dict(initialization_timeout=BARRIER_SECONDS, heartbeat_timeout_seconds=SILENT_SECONDS)
+    timeouts: dict[str, Any] = dict(
+        initialization_timeout=BARRIER_SECONDS, heartbeat_timeout_seconds=SILENT_SECONDS
+    )
     try:
         jax.distributed.initialize(address, count, number, **timeouts)
     except (ValueError, RuntimeError) as error:

@@ -68,7 +68,7 @@ def _lock(file: int, folder: epath.Path) -> None:
 
 
 class SkippedRecords:
-    """Records that the loaders of all processes skipped, record to reason, in `skipped_records.json`.
+    """Records that the loaders of all processes skipped, with the reason, in `skipped_records.json`.
 
     The primary process has them in `records`, those before a restart included. A damaged file raises
     UserError.

@@ -16,17 +16,14 @@ def lookup(ids: jax.Array, table: Any, dtype: Any) -> jax.Array:
     """`table[ids]` as `dtype`; gradients of repeated ids add up in the type of the table.
 
     In a sharded step a device looks up the ids of all devices that share its columns of the table, and an
-    all-to-all sends the columns to the rows they belong to. Neither the table nor its gradient is ever whole
-    on a device; XLA gathers it if a mesh axis splits the batch and not the table. A table whose columns are
-    split over other axes than the batch's is left to XLA.
+    all-to-all sends the columns to the rows that they belong to. No device holds the whole table or gradient,
+    except that XLA gathers them over mesh axes that split the batch but not the table. XLA also partitions
+    the lookup if the columns of the table are split over axes other than the batch's.
 
     Args:
       ids: int [batch, length].
       table: [V, D], an array or a `Weight`.
-      dtype: of the result.
-
-    Returns:
-      [batch, length, D].
+      dtype: type of the result [batch, length, D].
     """
     weight = as_weight(table)
     step = logical_axes.current()

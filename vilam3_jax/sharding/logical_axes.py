@@ -1,7 +1,7 @@
 """Logical axes of activations, and the mesh axes that carry them.
 
-Models name what an axis *is* (`batch`, `length`, `mlp` ...); the run's table says which mesh axes carry it.
-Outside `activation_rules` the helpers do nothing, so models run unsharded in tests and notebooks.
+Models name the axes of activations (`batch`, `length`, `mlp` ...); a run's table maps them to mesh axes.
+Outside `activation_rules` the helpers do nothing, so that models run unsharded in tests and notebooks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vilam3_jax.errors import UserError
 
 MeshAxes = str | tuple[str, ...] | None
 
-# The inner part of `fsdp` on a three-dimensional torus. XLA turns a reduce-scatter over all three dimensions
-# into an all-reduce (twice the bytes), but has one over a plane and one over the line across it.
+# The inner part of `fsdp` on a three-dimensional torus. XLA replaces a reduce-scatter over all
+# three by an all-reduce (twice the bytes), but supports one over a plane and one over the line across it.
 FSDP_LINE = "fsdp_line"
 
 # Default table: logical axis → mesh axes, or the logical axis whose rule it shares.
@@ -30,8 +30,8 @@ ACTIVATION_RULES: dict[str, MeshAxes] = {
     "embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
-    # If heads are not divisible by `tensor`, set both to "" and this to "tensor": each device then attends
-    # for a part of the queries.
+    # If heads are not divisible by `tensor`, set both to "" and this to "tensor": each device then computes
+    # the attention of a part of the queries.
     "queries": "",
     "mlp": "tensor",
     "vocab": "tensor",
@@ -40,28 +40,18 @@ ACTIVATION_RULES: dict[str, MeshAxes] = {
     "tower_queries": "queries",
     "tower_mlp": "mlp",
 }
-_IN_TOWERS = {
-    "heads": "tower_heads",
-    "kv_heads": "tower_heads",
-    "queries": "tower_queries",
-    "mlp": "tower_mlp",
-}
+_IN_TOWERS = dict(heads="tower_heads", kv_heads="tower_heads", queries="tower_queries", mlp="tower_mlp")
 
 
 def check_rules(rules: Mapping[str, MeshAxes]) -> None:
-    """Checks `config.activation_rules`.
+    """Checks `config.activation_rules`; raises UserError for a rule with other axes than these.
 
     Batches are split over `data` and `fsdp`, rows over `context`, other axes over `tensor` or not at all.
-
-    Raises:
-      UserError: a rule names other axes.
     """
 
     def mesh_axes(name: str) -> tuple[str, ...]:
         axes, shared = rules[name], name.removeprefix("tower_")
-        if shared != name and axes == shared:
-            return mesh_axes(shared)
-        return (axes,) if isinstance(axes, str) and axes else tuple(axes or ())
+        return mesh_axes(shared) if shared != name and axes == shared else as_tuple(axes)
 
     own = {"batch": [("data", "fsdp")], "length": [(), ("context",)]}
     for name, axes in rules.items():
@@ -101,19 +91,18 @@ def activation_rules(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None
 
     Args:
       mesh: devices of the step, of this host or of a topology that is only compiled for.
-      rules: logical axis → mesh axes; None or "" for none; or the name of another logical axis whose rule
-        applies.
+      rules: logical axis → mesh axes, None or "" for none, or another logical axis whose rule applies.
     """
-    with _activated(_Context(mesh, {name: _resolved(rules, axes) for name, axes in rules.items()})):
+    resolved = {
+        name: (rules[axes] if isinstance(axes, str) and axes in rules else axes) or None
+        for name, axes in rules.items()
+    }
+    with _activated(_Context(mesh, resolved)):
         yield
 
 
-def _resolved(rules: Mapping[str, MeshAxes], axes: MeshAxes) -> MeshAxes:
-    return (rules[axes] if isinstance(axes, str) and axes in rules else axes) or None
-
-
 @contextlib.contextmanager
-def _activated(context: _Context) -> Iterator[None]:
+def _activated(context: _Context | None) -> Iterator[None]:
     token = _context.set(context)
     try:
         yield
@@ -122,42 +111,34 @@ def _activated(context: _Context) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_sequences() -> Iterator[None]:
-    """Inside, the axis `length` is not split: for modules other than the LLM."""
+def whole_sequences(**rules: MeshAxes) -> Iterator[None]:
+    """Context (or decorator) in which `length` is not split, for modules other than the LLM.
+
+    `rules` replace those of the step.
+    """
     context = _context.get()
-    if context is None:
-        yield
-        return
-    with _activated(replace(context, rules={**context.rules, "length": None})):
+    with _activated(context and replace(context, rules={**context.rules, **rules, "length": None})):
         yield
 
 
 @contextlib.contextmanager
 def tower_rules() -> Iterator[None]:
-    """Inside, the towers' own rules (`tower_*`) apply, and `length` is not split."""
-    context = _context.get()
-    if context is None:
-        yield
-        return
-    own = {name: context.rules[rule] for name, rule in _IN_TOWERS.items() if rule in context.rules}
-    with _activated(replace(context, rules={**context.rules, **own, "length": None})):
+    """`whole_sequences` with the towers' own rules (`tower_*`)."""
+    rules = context.rules if (context := _context.get()) else {}
+    with whole_sequences(**{name: rules[rule] for name, rule in _IN_TOWERS.items() if rule in rules}):
         yield
 
 
 @contextlib.contextmanager
 def batch_over_length() -> Iterator[None]:
-    """Inside, devices that share a row take different parts of the batch, for inputs without a length."""
-    context = _context.get()
-    if context is None or axis_size("length") == 1:
-        yield
-        return
-    batch = as_tuple(context.rules["batch"]) + as_tuple(context.rules["length"])
-    with _activated(replace(context, rules={**context.rules, "batch": batch, "length": None})):
+    """`whole_sequences` in which devices that share a row take different parts of the batch."""
+    rules = context.rules if (context := _context.get()) else {"batch": None, "length": None}
+    with whole_sequences(batch=as_tuple(rules["batch"]) + as_tuple(rules["length"])):
         yield
 
 
 def current() -> tuple[Mesh, Callable[..., PartitionSpec]] | None:
-    """(mesh, logical axes → PartitionSpec) of the step being traced, for `shard_map`; None outside one."""
+    """(mesh, logical axes → PartitionSpec) of the step being traced, for `shard_map`; None outside a step."""
     context = _context.get()
     return None if context is None else (context.mesh, context.spec)
 
@@ -194,10 +175,8 @@ def devices_along(axes: tuple[str, ...]) -> int:
 
 
 def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
-    """An entry of a PartitionSpec as a tuple."""
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+    """An entry of a PartitionSpec or of a rule as a tuple."""
+    return (axes,) if isinstance(axes, str) and axes else tuple(axes or ())
 
 
 def expanded(axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
@@ -219,11 +198,7 @@ def from_tuples(axes: Iterable[tuple[str, ...]]) -> PartitionSpec:
 
 
 def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Constrains `x` to the mesh axes of its logical axes.
-
-    Args:
-      x: any array.
-      *logical_axes: one name (or None: replicated) per dimension of `x`.
+    """Constrains `x` to the mesh axes of its logical axes, one name (None: replicated) per dimension.
 
     Raises:
       ValueError: the number of names differs from the rank, or a name has no rule.

@@ -1,9 +1,8 @@
 """Matrix products with sharded weights (FSDP), in JAX's default matmul precision.
 
-With `jax_default_matmul_precision="bfloat16"` factors are rounded to bfloat16 and sums are float32, as a TPU
-does with float32 arrays by default. XLA for CPUs ignores the setting, but uses a processor's bfloat16 units
-for bfloat16 factors (four to five times as fast with AMX). So `einsum` rounds the factors itself, in the
-backward pass too.
+With `jax_default_matmul_precision="bfloat16"` factors are rounded to bfloat16 and sums are float32, the
+default of TPUs for float32 arrays. XLA for CPUs ignores the setting but uses bfloat16 units for bfloat16
+factors (four to five times as fast with AMX), so `einsum` rounds the factors, in the backward pass too.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.weights import as_weight
 
-GATHERED = "gathered"  # tag of gathered weights, which no remat policy should keep
-_ROUNDED = "bfloat16"
-_TYPE = jnp.bfloat16
+GATHERED = "gathered"  # tag of gathered weights, which no remat policy should save
 LANES = 128  # of a TPU's registers
 
 
@@ -38,7 +35,8 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, preferred_element_type: Any = 
       y: second factor.
       preferred_element_type: type of the result and of the sums; by default that of the factors.
     """
-    if x.dtype == y.dtype == jnp.float32 and jax.config.jax_default_matmul_precision == _ROUNDED:  # pyright: ignore
+    rounded = jax.config.jax_default_matmul_precision == "bfloat16"  # pyright: ignore
+    if rounded and x.dtype == y.dtype == jnp.float32:
         return _rounded_einsum(spec, x, y)
     return jnp.einsum(spec, x, y, preferred_element_type=preferred_element_type)
 
@@ -48,17 +46,17 @@ def linear(
 ) -> jax.Array:
     """`x @ weight` in the type of `x`, over one or two trailing axes such as (heads, head dim).
 
-    In a sharded step every device multiplies its own rows. The weight is also stored split over the axes that
-    carry the batch (ZeRO-3, FSDP): here it is gathered, in the type of the product and once per use. Its
-    gradient is summed over the batch and split in one go (reduce-scatter). A weight whose rows stay split
-    (over `tensor`) takes an `x` split alike, and the products are summed.
+    In a sharded step every device multiplies its own rows. A weight that is stored split over the axes of the
+    batch (ZeRO-3, FSDP) is gathered here, once per use and in the type of the product; its gradient is
+    reduce-scattered. A weight whose rows are split over other axes (`tensor`) needs an `x` split alike, and
+    the products are summed.
 
     Args:
       x: [batch, *in_features] or [batch, length, *in_features].
       weight: matrix [in, out]: an array, a `quantized.QuantizedKernel` or a `Weight` of one.
       in_features: trailing axes of `x`, whose product is `in`.
-      out_features: trailing axes of the result, whose product is `out`. A TPU writes heads in the layout
-        that attention reads, without a copy.
+      out_features: trailing axes of the result, whose product is `out`. TPUs write heads in the layout that
+        attention reads, without a copy.
 
     Returns:
       [batch, *out_features] or [batch, length, *out_features].
@@ -124,8 +122,8 @@ def linear(
 def _thin_slices(array: jax.Array, dimension: int, width: int) -> jax.Array:
     """`array`, with a gradient that a TPU can scatter in slices of `width` along `dimension`.
 
-    The minor dimension is tiled in 128 lanes. XLA does not scatter slices that are narrower: it all-reduces
-    the gradient, twice the bytes. The gradient of a product with heads would have that layout.
+    XLA all-reduces a gradient (twice the bytes) if its slices along the minor dimension are narrower than the
+    128 lanes, as they would be for products with heads.
     """
     return _other_dimension_last(array, dimension) if width < LANES else array
 
@@ -145,7 +143,8 @@ _other_dimension_last.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rounded_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x.astype(_TYPE), y.astype(_TYPE), preferred_element_type=jnp.float32)
+    x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
 def _rounded_forward(spec: str, x: Any, y: Any) -> tuple[jax.Array, tuple[Any, Any]]:

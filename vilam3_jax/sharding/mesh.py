@@ -42,18 +42,19 @@ class MeshConfig(Section):
 
 
 def build_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges devices over the axes of `mesh_config`.
+    """Arranges `devices` (by default all) over the axes of `mesh_config`.
 
-    Several TPU slices are laid out along `data`, the outermost axis: only gradients cross the network between
+    TPU slices are laid out along `data`, the outermost axis, so that only gradients cross the network between
     them.
 
-    Args:
-      mesh_config: the sizes of the axes.
-      devices: None for all devices.
-
     Raises:
-      UserError: the axes do not multiply to the number of devices, or `data` not to whole slices.
+      UserError: the product of the axes is not the number of devices, `data` is not a multiple of the
+        slices, or the axes do not fit the torus.
     """
+
+    def shown() -> str:
+        return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
     sizes = {axis: getattr(mesh_config, axis) for axis in MESH_AXES}
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -67,9 +68,8 @@ def build_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) ->
     if open_axes and count % fixed == 0:
         sizes[open_axes[0]] = count // fixed
     if math.prod(sizes.values()) != count:
-        shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"config mesh ({shown}) does not match the {count} device(s); change an axis, or "
+            f"config mesh ({shown()}) does not match the {count} device(s); change an axis, or "
             "mesh.cpu_devices for virtual CPU devices"
         )
     slices = _slices(devices)
@@ -78,21 +78,15 @@ def build_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) ->
             f"config mesh.data={sizes['data']}: {len(slices)} slices are laid out along it, so it must be "
             "a multiple; make mesh.fsdp at most a slice"
         )
-    line = _line(sizes["fsdp"], slices[0])
-    if line > 1:
-        sizes = {
-            "data": sizes.pop("data"),
-            "fsdp": sizes.pop("fsdp") // line,
-            logical_axes.FSDP_LINE: line,
-            **sizes,
-        }
+    if (line := _line(sizes["fsdp"], slices[0])) > 1:
+        data, fsdp = sizes.pop("data"), sizes.pop("fsdp") // line
+        sizes = {"data": data, "fsdp": fsdp, logical_axes.FSDP_LINE: line, **sizes}
     try:
         within = [sizes["data"] // len(slices), *list(sizes.values())[1:]]
         return compat.join_meshes([compat.make_mesh(within, list(sizes), devices) for devices in slices])
     except compat.DoesNotFitTorus as error:
-        shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(
-            f"config mesh ({shown}) does not fit this torus: every axis must be a product of its sides "
+            f"config mesh ({shown()}) does not fit this torus: every axis must be a product of its sides "
             "or of parts of them; change mesh.data and mesh.fsdp"
         ) from error
 
@@ -119,21 +113,21 @@ def _line(fsdp: int, devices: Sequence[Any]) -> int:
 def parameter_shardings(
     shapes: Mapping[str, Any], rules: Sequence[Any], family_rules: Sequence[Any], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-    """The sharding of each parameter.
+    """Returns path → sharding of each parameter.
 
     A row is (regex, mesh axes per dimension, fallbacks ...); missing trailing dimensions are replicated. The
-    first spec of a row whose axes divide the parameter applies. A spec over `fsdp` may also drop the line of
-    it (`logical_axes.FSDP_LINE`).
+    first spec of a row that divides the parameter applies; specs over `fsdp` are also tried without
+    `logical_axes.FSDP_LINE`.
 
     Args:
       shapes: path → array or ShapeDtypeStruct.
       rules: rows of the config, which come first.
-      family_rules: rows of the model families, which may match nothing.
+      family_rules: rows of the model families, which may match no parameter.
       mesh: the device mesh.
 
     Raises:
       UserError: no row matches a parameter, a row of the config matches none, a spec is longer than its
-        parameter's rank, a dimension is not divisible by any spec of its row, or much stays replicated.
+        parameter's rank, no spec of a row divides a dimension, or too many bytes are replicated.
     """
     for row in rules:
         if not isinstance(row, tuple | list) or len(row) < 2:
@@ -166,7 +160,7 @@ def parameter_shardings(
 
 
 def _check_replicated(shapes: Mapping[str, Any], placed: Mapping[str, NamedSharding], mesh: Mesh) -> None:
-    """Refuses rules that replicate much although there are axes to split it over."""
+    """Refuses rules that replicate many bytes although the mesh has axes to split them over."""
     if mesh.size == mesh.shape["data"] * mesh.shape["context"]:
         return
     size = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in shapes.items()}
@@ -191,22 +185,18 @@ def _candidates(mesh: Mesh, axes: Sequence[Any]) -> Iterator[PartitionSpec]:
 
 
 def _undivided(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> list[tuple[int, Any, int]]:
-    """(size, mesh axes, number of parts) of the dimensions that `spec` cannot split evenly."""
-    parts = [
-        (size, axes, math.prod(mesh.shape[axis] for axis in logical_axes.as_tuple(axes)))
-        for size, axes in zip(shape, spec, strict=False)
-    ]
-    return [(size, axes, count) for size, axes, count in parts if size % count]
+    """(size, mesh axes, number of parts) of the dimensions that `spec` does not divide."""
+    undivided = []
+    for size, axes in zip(shape, spec, strict=False):
+        count = math.prod(mesh.shape[axis] for axis in logical_axes.as_tuple(axes))
+        undivided += [(size, axes, count)] if size % count else []
+    return undivided
 
 
 def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh, is_sequence: bool) -> NamedSharding:
-    """Splits the leading axis of a batch over `data` and `fsdp`, the length of rows over `context`.
+    """Splits the leading axis of a batch's field over `data` and `fsdp`, the length of rows over `context`.
 
-    Args:
-      name: field of the array, for messages.
-      shape: of the global array.
-      mesh: of the run.
-      is_sequence: whether the second axis is the length of packed rows.
+    `shape` is that of the global array; with `is_sequence` its second axis is the length of packed rows.
 
     Raises:
       UserError: the leading axis or the length is not divisible.
@@ -222,14 +212,12 @@ def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh, is_sequence: boo
             f"batch {name}: rows of {shape[1]} are not divisible by mesh.context={mesh.shape['context']}; "
             "change data.seq_len or the mesh"
         )
-    split = is_sequence and mesh.shape["context"] > 1
-    return NamedSharding(
-        mesh, logical_axes.partition_spec(mesh, BATCH_AXES, *(("context",) if split else ()))
-    )
+    length = ("context",) if is_sequence and mesh.shape["context"] > 1 else ()
+    return NamedSharding(mesh, logical_axes.partition_spec(mesh, BATCH_AXES, *length))
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of whole rows: split over `data` and `fsdp`."""
+    """The sharding of whole rows, split over `data` and `fsdp`."""
     return NamedSharding(mesh, logical_axes.partition_spec(mesh, BATCH_AXES))
 
 

@@ -1,7 +1,6 @@
-"""Tables of (regular expression → setting) over parameter paths.
+"""Tables of (regular expression → setting) over parameter paths, for freezing, learning rates and sharding.
 
-Freezing, learning rates and sharding are such tables. The first matching row wins. Every parameter must match
-and every row must be used, so a renamed parameter is never missed.
+Every parameter must match a row and every row a parameter, so that renamed parameters are noticed.
 """
 
 from __future__ import annotations
@@ -16,38 +15,29 @@ from vilam3_jax.errors import UserError
 def resolve(
     table: Sequence[tuple[str, Any]], paths: Iterable[str], name: str, *, optional: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Looks up every path in `table` by full match.
+    """Returns path → setting of the first row of `table` whose regular expression matches the whole path.
 
     Args:
-      table: rows of (regex, setting).
+      table: rows of (regular expression, setting).
       paths: parameter paths.
       name: config key of the table, for messages.
-      optional: regular expressions of rows that may match nothing, those that models share.
+      optional: regular expressions of rows that may match no path.
 
     Raises:
-      UserError: a path without a row, or a row without a path (lists them), or a malformed row.
+      UserError: a path without a row, a row without a path, or a malformed row.
     """
     rows = [_row(row, name) for row in table]
-    used: set[int] = set()
-    settings: dict[str, Any] = {}
-    unmatched = []
-    for path in paths:
-        for index, (pattern, setting) in enumerate(rows):
-            if pattern.fullmatch(path):
-                settings[path] = setting
-                used.add(index)
-                break
-        else:
-            unmatched.append(path)
-    if unmatched:
+    matches = {path: next((row for row in rows if row[0].fullmatch(path)), None) for path in paths}
+    if unmatched := [path for path, row in matches.items() if row is None]:
         raise UserError(f"config {name}: no row matches {', '.join(sorted(unmatched))}; add one")
-    unused = [pattern.pattern for index, (pattern, _) in enumerate(rows) if index not in used]
-    unused = [pattern for pattern in unused if pattern not in optional]
+    found = {path: row for path, row in matches.items() if row is not None}
+    used = {id(row) for row in found.values()}
+    unused = [row[0].pattern for row in rows if id(row) not in used and row[0].pattern not in optional]
     if unused:
         raise UserError(
             f"config {name}: no parameter matches the row(s) {', '.join(unused)}; remove or correct them"
         )
-    return settings
+    return {path: setting for path, (_, setting) in found.items()}
 
 
 def _row(row: Any, name: str) -> tuple[re.Pattern[str], Any]:

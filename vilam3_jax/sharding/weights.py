@@ -1,7 +1,7 @@
-"""Parameters as a sharded step sees them: an array together with where it is stored and how it multiplies.
+"""Matrices in a sharded step: an array with its sharding and its product.
 
-`annotate` wraps the matrices of a model once per step. A `Weight` is a pytree, so it passes through `jit`,
-`scan` and `nnx.merge` like the array it wraps, and layers need not know their path in the model.
+`annotate` wraps the matrices of a model once per step. A `Weight` is a pytree and passes through `jit`,
+`scan` and `nnx.merge` like the array that it wraps, so layers need not know their path in the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 Spec = tuple[Any, ...]
 # Matrices that `matmul.linear` and `embedding_lookup.lookup` read. Convolution kernels have more dimensions.
@@ -22,7 +22,7 @@ _MATRIX = re.compile(r".*/(kernel|lora_[ab]|embedding)")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A matrix, or the stacked matrices of all layers, of a model.
+    """A matrix of a model, or the stacked matrices of all layers.
 
     Attributes:
       value: array [..., in, out] or `quantized.QuantizedKernel`.
@@ -55,30 +55,18 @@ def annotate(
     shardings: Mapping[str, Any],
     einsums: Mapping[str, Callable[..., jax.Array]] | None = None,
 ) -> dict[str, Any]:
-    """Wraps the matrices of a model.
+    """Returns `params` with a `Weight` for every matrix.
 
     Args:
       params: path → array or `QuantizedKernel`.
-      shardings: path → NamedSharding, or a tree of them in the structure of the parameter.
-      einsums: path → how its product is computed, if not as usual.
-
-    Returns:
-      `params` with a `Weight` for every matrix; other parameters are unchanged.
+      shardings: path → NamedSharding, or a tree of them with the structure of the parameter.
+      einsums: path → function of its product, if not the default.
     """
     wrapped = dict(params)
     for path, value in params.items():
         if _MATRIX.fullmatch(path) and len(value.shape) <= 3:
-            specs = tuple(
-                _padded(sharding.spec, leaf.ndim)
-                for sharding, leaf in zip(_leaves(shardings[path]), jax.tree.leaves(value), strict=True)
-            )
+            stored = jax.tree.leaves(shardings[path], is_leaf=lambda leaf: isinstance(leaf, NamedSharding))
+            pairs = zip((x.spec for x in stored), (x.ndim for x in jax.tree.leaves(value)), strict=True)
+            specs = tuple((*spec, *(None,) * (rank - len(spec))) for spec, rank in pairs)
             wrapped[path] = Weight(value, specs, (einsums or {}).get(path))
     return wrapped
-
-
-def _leaves(shardings: Any) -> list[NamedSharding]:
-    return jax.tree.leaves(shardings, is_leaf=lambda leaf: isinstance(leaf, NamedSharding))
-
-
-def _padded(spec: PartitionSpec, rank: int) -> Spec:
-    return (*spec, *(None,) * (rank - len(spec)))

@@ -1,4 +1,4 @@
-"""Softmax attention behind one function, so that kernels can change without the models noticing."""
+"""Softmax attention: one function for the models, several backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vilam3_jax.sharding import logical_axes
 
 __all__ = ["MaskInfo", "attention", "row_length"]
 
-# Padding that a tower accepts, see `row_length`: SigLIP's 729 tokens become 768; InternViT's 1,025 would
+# Largest padding of a tower's rows, see `row_length`: SigLIP's 729 tokens become 768; InternViT's 1,025 would
 # become 1,536.
 MAX_ROW_PADDING = 1 / 16
 
@@ -28,28 +28,28 @@ def attention(
     """Grouped-query attention with packing, causal and window masks; softmax in float32.
 
     In a sharded step (`logical_axes.activation_rules`) every device computes its own rows, heads and queries.
-    Keys and values are repeated only if there are fewer key heads than shards of the heads. `backends.select`
-    chooses the implementation.
+    Keys and values are repeated if there are fewer key heads than shards of the heads. `backends.select`
+    chooses the backend.
 
     Args:
       q: [B, Lq, H, hd].
       k: [B, Lk, K, hd]; H is a multiple of K, and query head h reads key head h // (H // K).
       v: [B, Lk, K, hd].
-      mask: which keys a query sees.
+      mask: which keys a query attends to.
       scale: multiplies the scores; 1/sqrt(hd) by default.
 
     Returns:
       [B, Lq, H, hd] in the type of `q`.
 
     Raises:
-      ValueError: heads are not divisible by key heads, or the mask does not fit.
+      ValueError: heads are not divisible by key heads, or the mask is inconsistent.
       UserError: the backend that the config names does not support the call.
     """
     heads, head_dim = q.shape[2:]
     if heads % k.shape[2]:
         raise ValueError(f"{heads} query heads are not a multiple of {k.shape[2]} key heads")
     mask.check(q.shape[1], k.shape[1])
-    # Rounded once, not twice: 1/sqrt(hd) is seldom exact in the type of the queries.
+    # In float32: 1/sqrt(hd) is rarely exact in the type of the queries.
     q = (q.astype(jnp.float32) * (head_dim**-0.5 if scale is None else scale)).astype(q.dtype)
     if logical_axes.axis_size(AXIS) > 1:
         return attend_over_shards(q, k, v, mask)
@@ -62,14 +62,11 @@ def attention(
 def row_length(tokens: int) -> int:
     """The length to which a tower should pad its rows of `tokens`.
 
-    Kernels pad rows to whole blocks, in every layer and direction. Padding the tower's input once is cheaper
-    if it adds little to the other products.
+    The splash kernel pads rows in every layer and direction. Padding the tower's input once is cheaper if it
+    adds little to the other products.
     """
-    choice = backends.choice()
-    kernel = choice == "splash" or (
-        choice in (backends.AUTO, backends.RING) and logical_axes.platform() == "tpu"
-    )
-    if not kernel or tokens < backends.MIN_KERNEL_QUERIES:
-        return tokens
+    choice, automatic = backends.choice(), (backends.AUTO, backends.RING)
+    kernel = choice == "splash" or (choice in automatic and logical_axes.platform() == "tpu")
     padded = splash.padded(tokens)
-    return padded if padded - tokens <= MAX_ROW_PADDING * tokens else tokens
+    worth = tokens >= backends.MIN_KERNEL_QUERIES and padded - tokens <= MAX_ROW_PADDING * tokens
+    return padded if kernel and worth else tokens

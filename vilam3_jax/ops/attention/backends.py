@@ -1,7 +1,7 @@
-"""The registry of attention backends: which implementation computes a call, and why not another.
+"""The registry of attention backends, and the choice among them.
 
-A backend from another package is added by `register`, or by an entry point of the group
-`vilam3.attention_backends`; see docs/add_your_own_attention.md.
+Other packages add backends with `register`, or with an entry point of the group `vilam3.attention_backends`;
+see docs/add_your_own_attention.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 
@@ -22,20 +22,15 @@ from vilam3_jax.sharding import logical_axes
 
 ENTRY_POINTS = "vilam3.attention_backends"
 AUTO = "auto"
-RING = "ring"  # `auto`, but rows that are split over devices pass their keys around a ring
-# Kernels pad to whole blocks, which costs more than it saves for fewer queries (pooling probe, short texts).
+RING = "ring"  # `auto`, but the keys of rows that are split over devices travel around a ring
+# Kernels pad to whole blocks, which costs more than it saves for few queries (pooling probe, short texts).
 MIN_KERNEL_QUERIES = 128
 
 logger = logging.getLogger(__name__)
 
 
 class Support(NamedTuple):
-    """Whether a backend computes a call.
-
-    Attributes:
-      ok: whether it does; the truth value of this object.
-      reason: why not, as the rest of a sentence that starts with the backend's name.
-    """
+    """Whether a backend supports a call, also as truth value; `reason` completes "BACKEND ..." if not."""
 
     ok: bool
     reason: str = ""
@@ -46,13 +41,12 @@ class Support(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
-    """What a backend decides on.
+    """A call, for the choice of a backend.
 
     Attributes:
       platform: 'cpu', 'gpu' or 'tpu'.
       q: shape [B, Lq, H, hd] and dtype of the queries.
-      kv_len: Lk.
-      mask: of the call.
+      kv_len: number of keys, Lk.
       query_shards: devices that share the queries of a row.
       automatic: whether the backend may decline for speed; False if the user named it.
     """
@@ -84,7 +78,7 @@ class Backend(Protocol):
           q: [B, Lq, H, hd], already scaled.
           k: [B, Lk, K, hd]; query head h reads key head h // (H // K).
           v: [B, Lk, K, hd].
-          mask: which keys a query sees.
+          mask: which keys a query attends to.
           sharded: whether to spread the work over the mesh of the step; False inside `shard_map`.
 
         Returns:
@@ -171,11 +165,7 @@ def explain(call: AttentionCall) -> list[str]:
 
 
 def _loaded() -> dict[str, Backend]:
-    for entry in _entry_points():
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if entry.name not in _registry:
             register(entry.load())
     return _registry
-
-
-def _entry_points() -> Any:
-    return importlib.metadata.entry_points(group=ENTRY_POINTS)

@@ -1,8 +1,8 @@
 """Attention of long rows by XLA, one pair of query and key blocks at a time.
 
-Runs on one device, or around a ring of devices that each hold a part of the row. The softmax is updated block
-by block (arXiv:2112.05682), scores are recomputed for the gradient, and around a ring the keys travel
-(arXiv:2310.01889), so no array is as large as [L, L]. Pairs of blocks that the mask excludes are skipped.
+Runs on one device, or on a ring of devices that each have a part of the row. The softmax is updated block by
+block (arXiv:2112.05682), scores are recomputed for the gradient, and in a ring the keys travel
+(arXiv:2310.01889), so no array has the size [L, L]. Pairs of blocks that the mask excludes are skipped.
 """
 
 from __future__ import annotations
@@ -32,24 +32,13 @@ class Ring(NamedTuple):
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: MaskInfo,
-    *,
-    ring: Ring | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo, *, ring: Ring | None = None
 ) -> jax.Array:
-    """One device's share.
+    """One device's part: scaled queries [B, n, b, H, hd] in n blocks, k, v [B, Lk, K, hd] -> like queries.
 
     Args:
-      q: [B, n, b, H, hd], scaled queries in n blocks.
-      k: [B, Lk, K, hd].
-      v: [B, Lk, K, hd].
-      mask: with segment ids and positions, of queries [B or 1, n, b] and keys [B or 1, Lk].
+      mask: segment ids and positions of queries [B or 1, n, b] and keys [B or 1, Lk].
       ring: inside `shard_map`, the axis over which keys are split; None if all are local.
-
-    Returns:
-      As `q`.
     """
     batch, count, length, _, head_dim = q.shape
     kv_heads, block = k.shape[2], min(BLOCK, k.shape[1])
@@ -74,7 +63,7 @@ def attend(
 
 
 def balance(x: jax.Array, ring: Ring) -> jax.Array:
-    """Redistributes a row so that under a causal mask all devices have equal work.
+    """Redistributes the parts of a row so that all devices have equal work under a causal mask.
 
     The row is cut into twice as many parts as devices; each device gets one and its mirror image.
 
@@ -82,22 +71,19 @@ def balance(x: jax.Array, ring: Ring) -> jax.Array:
       x: [B, L / size, ...], contiguous parts along the ring, of even length.
       ring: axis of the surrounding `shard_map`.
     """
-    return _deal(x, ring, back=False)
+    return _exchange(x, ring, step=1)
 
 
 def restore(x: jax.Array, ring: Ring) -> jax.Array:
-    """Undoes `balance`."""
-    return _deal(x, ring, back=True)
+    """The inverse of `balance`."""
+    return _exchange(x, ring, step=-1)
 
 
-def _deal(x: jax.Array, ring: Ring, back: bool) -> jax.Array:
-    def owner(part: int) -> int:
-        return min(part, 2 * ring.size - 1 - part)
-
+def _exchange(x: jax.Array, ring: Ring, step: int) -> jax.Array:
     moved = []
     for half, piece in enumerate(jnp.split(x, 2, axis=1)):
-        pairs = [(i, owner(2 * i + half)) for i in range(ring.size)]
-        moved.append(jax.lax.ppermute(piece, ring.axis, [pair[::-1] for pair in pairs] if back else pairs))
+        pairs = [(i, min(2 * i + half, 2 * ring.size - 1 - 2 * i - half)) for i in range(ring.size)]
+        moved.append(jax.lax.ppermute(piece, ring.axis, [pair[::step] for pair in pairs]))
     return jnp.concatenate(moved, axis=1)
 
 
@@ -147,7 +133,7 @@ def _attend_backward(ring: Ring | None, kept: Any, d_out: jax.Array) -> tuple[An
 
     keys = _Keys(k, v, mask.segment_ids_kv, mask.kv_positions)
     if ring is not None:
-        # The gradients of keys travel with them, and return home after a full round.
+        # The gradients of keys travel with them and return to their device after a full round.
         def step(carry: Any, _: None) -> tuple[Any, None]:
             keys, d_q, d_k, d_v = carry
             d_q, d_k, d_v = visit(keys, d_q, d_k, d_v)
@@ -165,7 +151,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Keys(NamedTuple):
-    """Blocks of keys: a device's own, or another's that travelled to it."""
+    """Blocks of keys, of this or another device."""
 
     k: jax.Array
     v: jax.Array
@@ -174,7 +160,7 @@ class _Keys(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Of the keys seen so far, float32: highest score and sum of weights [..., 1], weighted sum [..., hd]."""
+    """Running softmax, float32: highest score and sum of weights [..., 1], weighted sum [..., hd]."""
 
     peak: jax.Array
     total: jax.Array
@@ -220,14 +206,10 @@ def _visit_backward(
     of_queries: tuple[jax.Array, jax.Array, jax.Array],
     gradients: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds the contributions of all pairs of blocks to the gradients of queries, keys and values.
+    """Adds the contributions of all pairs of blocks to the float32 gradients of queries, keys and values.
 
-    Args:
-      q: [n, B, K, G, b, hd].
-      mask: of the queries; that of the keys is in `keys`.
-      keys: m blocks.
-      of_queries: gradient of the output, log of the sum of weights, mean gradient of the weights.
-      gradients: float32, as q, k and v.
+    `of_queries` are the gradient of the output, the log of the sum of weights, and the weighted mean of the
+    gradients of the weights.
     """
 
     def queries(carry: Any, block: Any) -> tuple[Any, jax.Array]:
@@ -265,17 +247,12 @@ def _visit_backward(
 
 def _over_groups(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Weights [B, K, G, b, s] and x [B, K, G, b, hd] -> [B, K, s, hd], summed over a head's queries."""
-    shape = (*x.shape[:2], -1)
-    return einsum(
-        "bkns,bknd->bksd",
-        weights.reshape(*shape, weights.shape[-1]),
-        x.reshape(*shape, x.shape[-1]),
-        jnp.float32,
-    )
+    weights, x = (y.reshape(*x.shape[:2], -1, y.shape[-1]) for y in (weights, x))
+    return einsum("bkns,bknd->bksd", weights, x, jnp.float32)
 
 
 def _allowed(ids: jax.Array, positions: jax.Array, keys: _Keys, mask: MaskInfo) -> jax.Array:
-    """Bool [B or 1, 1, 1, b, s], True where a query may look."""
+    """Bool [B or 1, 1, 1, b, s]: which keys a query may attend to."""
     allowed = (ids[:, :, None] == keys.segment_ids[:, None]) & (ids != 0)[:, :, None]
     if mask.causal:
         allowed &= mask.allowed(positions, keys.positions)
@@ -283,7 +260,7 @@ def _allowed(ids: jax.Array, positions: jax.Array, keys: _Keys, mask: MaskInfo) 
 
 
 def _needed(mask: MaskInfo, keys: _Keys) -> jax.Array:
-    """Bool [n, m]: False if no query of a block can see any key of the other, in any row.
+    """Bool [n, m]: whether any query of a block may attend to any key of the other, in any row.
 
     Segments are compared by their lowest and highest id: packers number them in order.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,20 @@ import jax.numpy as jnp
 from vilam3_jax.errors import UserError
 from vilam3_jax.ops.attention import backends, blockwise
 from vilam3_jax.ops.attention.mask_info import MaskInfo
-from vilam3_jax.ops.attention.shards import match_heads, to_blocks
+from vilam3_jax.ops.attention.shards import match_heads, on_devices
 from vilam3_jax.sharding import logical_axes
 
 AXIS = "length"
 
 
 def attend_over_shards(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo) -> jax.Array:
-    """Attention of rows of which each device along the axes of `length` holds a part.
+    """Attention of rows that are split over the devices along the axes of `length`.
 
     If heads are divisible, devices exchange lengths for heads before and after (arXiv:2309.14509). Otherwise,
     or with `config.attention='ring'`, keys travel around a ring.
 
     Raises:
-      ValueError: the call is not self-attention by indices in the row.
+      ValueError: the call has explicit positions or is not self-attention.
       UserError: lengths or heads are not divisible.
     """
     step, size = logical_axes.current(), logical_axes.axis_size(AXIS)
@@ -33,7 +34,7 @@ def attend_over_shards(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo)
     choice = backends.choice()
     q_len, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
     if mask.q_positions is not None or k.shape[1] != q_len:
-        raise ValueError("a row over several devices attends to itself, by its own indices")
+        raise ValueError("rows over several devices support only self-attention without explicit positions")
     if q_len % size or logical_axes.axis_size("queries") > 1:
         raise UserError(
             f"rows of {q_len} do not split into {size} along activation_rules.{AXIS}, or queries are split "
@@ -77,7 +78,7 @@ def attend_over_shards(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo)
         mesh=mesh,
         in_specs=(rows, rows, rows, *id_specs),
         out_specs=rows,
-        # Kernels do not declare over which axes their outputs vary.
+        # Kernels do not state over which axes their outputs vary.
         check_vma=not exchange,
     )(q, k, v, *ids)
 
@@ -90,13 +91,7 @@ def _ring(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo, ring: blockw
     if balanced:
         q, k, v, ids_q, ids_kv, index = (blockwise.balance(x, ring) for x in (q, k, v, ids_q, ids_kv, index))
     block = min(blockwise.BLOCK, -(-part // 2))
-    mask = dataclasses.replace(
-        mask,
-        segment_ids_q=to_blocks(ids_q, block),
-        segment_ids_kv=ids_kv,
-        q_positions=to_blocks(index, block),
-        kv_positions=index,
-    )
-    out = blockwise.attend(to_blocks(q, block), k, v, mask, ring=ring)
-    out = out.reshape(q.shape[0], -1, *q.shape[2:])[:, :part]
+    mask = MaskInfo(ids_q, ids_kv, index, index, mask.causal, mask.window)
+    local = partial(blockwise.attend, ring=ring)
+    out = on_devices(local, q, k, v, mask, sharded=False, block=block)
     return blockwise.restore(out, ring) if balanced else out

@@ -1,4 +1,4 @@
-"""Spreading an attention call over the devices of a step: padding, blocks of queries, `shard_map`."""
+"""Sharding of an attention call: padding, blocks of queries, `shard_map`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vilam3_jax.sharding import logical_axes
 
 
 def match_heads(x: jax.Array, heads: int, shards: int) -> jax.Array:
-    """Repeats key heads if there are fewer than `shards` that the query heads are split into."""
+    """Repeats key heads if there are fewer than the `shards` of the query heads."""
     kv_heads = x.shape[2]
     repeats = math.lcm(shards, kv_heads) // kv_heads
     if heads % (kv_heads * repeats):
@@ -52,39 +52,52 @@ def on_devices(
     kernel: Any = None,
     *,
     sharded: bool,
+    block: int | None = None,
     kernel_split: bool = False,
     check_vma: bool = True,
 ) -> jax.Array:
     """Calls `local(q, k, v, mask)`; on a mesh every device computes its own rows, heads and queries.
 
     Left to the partitioner, the reshapes inside cost some fifty small collectives per layer and direction.
-    A splash `kernel` is passed first; with `kernel_split` it is split along the queries.
+
+    Args:
+      local, q, k, v, mask, sharded: see `backends.Backend`.
+      kernel: splash kernel, passed to `local` first; with `kernel_split` it is split along the queries.
+      block: if given, `local` gets queries and their masks in blocks [B, blocks, block, ...], padded with
+        segment id 0 and position -1; devices that share the queries take a part of every block.
+      kernel_split: see `kernel`.
+      check_vma: see `jax.shard_map`.
     """
+    shape, blocks = q.shape, ()
+    if block is not None:
+        ids, positions = to_blocks(mask.segment_ids_q, block), to_blocks(mask.q_positions, block, -1)
+        mask = dataclasses.replace(mask, segment_ids_q=ids, q_positions=positions)
+        q, blocks = to_blocks(q, block), (None,)
+    arguments = (*(() if kernel is None else (kernel,)), q, k, v, mask)
     step = logical_axes.current() if sharded else None
-    first = () if kernel is None else (kernel,)
-    if step is None:
-        return local(*first, q, k, v, mask)
-    mesh, spec = step
+    run = local
+    if step is not None:
+        mesh, spec = step
 
-    def rows(x: jax.Array | None, *axes: str | None) -> Any:
-        # Arrays of a mask may have a batch of 1.
-        return None if x is None else spec("batch" if x.shape[0] == q.shape[0] else None, *axes)
+        def rows(x: jax.Array | None, *axes: str | None) -> Any:
+            # Arrays of a mask may have a batch of 1.
+            return None if x is None else spec("batch" if x.shape[0] == shape[0] else None, *axes)
 
-    out = rows(q, None, "queries", "heads", None)
-    keys = rows(k, None, "heads", None)
-    mask_specs = dataclasses.replace(
-        mask,
-        segment_ids_q=rows(mask.segment_ids_q, None, "queries"),
-        segment_ids_kv=rows(mask.segment_ids_kv, None),
-        q_positions=rows(mask.q_positions, None, "queries"),
-        kv_positions=rows(mask.kv_positions, None),
-    )
-    in_specs: tuple[Any, ...] = (out, keys, keys, mask_specs)
-    if kernel is not None:
-        over_queries = NamedSharding(mesh, PartitionSpec(None, *spec("queries" if kernel_split else None)))
-        in_specs = (kernel.manual_sharding_spec(over_queries), *in_specs)
-    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=check_vma)
-    return run(*first, q, k, v, mask)
+        out, keys = rows(q, *blocks, "queries", "heads", None), rows(k, None, "heads", None)
+        mask_specs = dataclasses.replace(
+            mask,
+            segment_ids_q=rows(mask.segment_ids_q, *blocks, "queries"),
+            segment_ids_kv=rows(mask.segment_ids_kv, None),
+            q_positions=rows(mask.q_positions, *blocks, "queries"),
+            kv_positions=rows(mask.kv_positions, None),
+        )
+        in_specs: tuple[Any, ...] = (out, keys, keys, mask_specs)
+        if kernel is not None:
+            queries = PartitionSpec(None, *spec("queries" if kernel_split else None))
+            in_specs = (kernel.manual_sharding_spec(NamedSharding(mesh, queries)), *in_specs)
+        run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out, check_vma=check_vma)
+    result = run(*arguments)
+    return result if block is None else result.reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
 
 
 def zero_without_key(out: jax.Array, mask: MaskInfo) -> jax.Array:

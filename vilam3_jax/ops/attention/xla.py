@@ -1,4 +1,4 @@
-"""Attention by XLA, for every platform: short rows by whole blocks of queries."""
+"""Attention by XLA, for every platform: short rows in a few blocks of queries, long rows by `blockwise`."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ import jax.numpy as jnp
 from vilam3_jax.ops.attention import blockwise
 from vilam3_jax.ops.attention.backends import AttentionCall, Support
 from vilam3_jax.ops.attention.mask_info import MaskInfo
-from vilam3_jax.ops.attention.shards import on_devices, to_blocks
+from vilam3_jax.ops.attention.shards import on_devices
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.matmul import einsum
 
-# Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each seeing only the keys up to
-# its own end: 5/8 of the multiplications and less score memory than the full square, measured in
-# benchmarks/attention_cpu.py. More blocks save little more and compile longer.
+# Causal self-attention is cut into up to MAX_QUERY_BLOCKS blocks of queries, each with the keys up to its own
+# end: 5/8 of the multiplications and less memory for scores than the full square, measured in
+# benchmarks/attention_cpu.py. More blocks save little and compile longer.
 MAX_QUERY_BLOCKS = 4
 MIN_QUERY_BLOCK = 64
 # Longer rows go blockwise: their scores would be the largest array of a step.
 MAX_SHORT = 1024
-# Finite, so that a row with nothing to attend to stays finite; next to real scores its exp is exactly 0.
+# Finite, so that a row without any key stays finite; its exp is exactly 0 next to real scores.
 _MASKED = -1e30
 
 
 class Xla:
-    """Attention by XLA's own products, for every platform and call."""
+    """Attention by XLA's products, for every platform and call."""
 
     name = "xla"
 
     def supports(self, call: AttentionCall) -> Support:
-        """Always."""
+        """See `backends.Backend`."""
         return Support(True)
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo, sharded: bool) -> jax.Array:
         """See `backends.Backend`."""
-        batch, q_len, heads, head_dim = q.shape
-        by_row_index = mask.causal and mask.q_positions is None
+        q_len, by_row_index = q.shape[1], mask.causal and mask.q_positions is None
         shards = logical_axes.axis_size("queries") if sharded else 1
         if q_len > MAX_SHORT:
             mask = mask.with_segment_ids(q_len, k.shape[1]).with_positions(q_len, k.shape[1])
@@ -54,29 +53,18 @@ class Xla:
             else:
                 mask = dataclasses.replace(mask, q_positions=None, kv_positions=None)
             local = partial(attend_blocks, keys_per_block=block if by_row_index else None)
-        blocked = dataclasses.replace(
-            mask,
-            segment_ids_q=to_blocks(mask.segment_ids_q, block),
-            q_positions=to_blocks(mask.q_positions, block, -1),
-        )
-        out = on_devices(local, to_blocks(q, block), k, v, blocked, sharded=sharded)
-        return out.reshape(batch, -1, heads, head_dim)[:, :q_len]
+        return on_devices(local, q, k, v, mask, sharded=sharded, block=block)
 
 
 XLA = Xla()
 
 
 def attend_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: MaskInfo,
-    *,
-    keys_per_block: int | None,
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskInfo, *, keys_per_block: int | None
 ) -> jax.Array:
-    """One device's share: scaled queries [B, n, b, H, hd] in n blocks -> the same shape.
+    """One device's part: scaled queries [B, n, b, H, hd] in n blocks -> the same shape.
 
-    Block i sees keys up to (i + 1) * `keys_per_block`, or all of them if that is None; b is less than
+    Block i attends to keys before (i + 1) * `keys_per_block`, or to all if that is None; b is less than
     `keys_per_block` if devices share a block.
     """
     batch, count, length, _, head_dim = q.shape
@@ -153,7 +141,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _keys_of_block(i: int, k: jax.Array, mask: MaskInfo, keys_per_block: int | None) -> slice:
-    """The keys that queries of block i may see."""
+    """The keys that queries of block i may attend to."""
     if keys_per_block is None:
         return slice(0, k.shape[2])
     first = 0 if mask.window is None else max(0, i * keys_per_block - mask.window + 1)
@@ -161,7 +149,7 @@ def _keys_of_block(i: int, k: jax.Array, mask: MaskInfo, keys_per_block: int | N
 
 
 def _allowed(i: int, seen: slice, rows: jax.Array, mask: MaskInfo) -> jax.Array | None:
-    """Bool [B or 1, 1, G * b, seen], True where rows of block i may look; None if they may everywhere."""
+    """Bool [B or 1, 1, G * b, seen]: which keys the rows of block i may attend to; None for all."""
     allowed = None
     if mask.segment_ids_q is not None and mask.segment_ids_kv is not None:
         own, theirs = mask.segment_ids_q[:, i, :, None], mask.segment_ids_kv[:, None, seen]

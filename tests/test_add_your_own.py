@@ -17,6 +17,8 @@ import pytest
 from vilam3_jax.evals import answer_parsers, protocol
 from vilam3_jax.models import families
 from vilam3_jax.ops.attention import MaskInfo, attention, backends
+from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding import mesh as mesh_lib
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -121,6 +123,10 @@ def test_an_attention_backend_equals_xla(installed, mask):
 
     assert "plain" in backends.names()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), run("plain"), run("xla"))
+    mesh = mesh_lib.build_mesh(mesh_lib.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    with logical_axes.activation_rules(mesh, logical_axes.ACTIVATION_RULES):
+        sharded = jax.jit(lambda: run("plain"))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, atol=2e-5), sharded, run("xla"))
 
 
 def test_the_last_registered_backend_is_asked_first_and_may_decline(installed):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vilam3_jax.models.gemma3 import Gemma3Embed
 from vilam3_jax.models.layers import Embed, Linear
 from vilam3_jax.ops.quantized import QuantizedKernel
 from vilam3_jax.runtime import compat
@@ -147,3 +148,16 @@ def test_a_model_of_annotated_parameters_computes_the_same(mesh):
     for path, expected in want_gradient.items():
         np.testing.assert_allclose(gradient[path], expected, rtol=1e-4, atol=1e-5, err_msg=path)
     assert " reduce-scatter(" in compiled.as_text(), "a kernel's gradient is split where it is summed"
+
+
+@pytest.mark.parametrize("embed", [Embed, Gemma3Embed])
+def test_embeddings_of_a_sharded_step_equal_the_plain_ones(mesh, embed):
+    graphdef, params = compat.split(embed(16, 8, rngs=nnx.Rngs(0), dtype="float32", param_dtype="float32"))
+    ids = jnp.arange(24).reshape(4, 6) % 16
+    table = {"llm/embed/embedding": params["embedding"]}
+    stored = annotate(table, {"llm/embed/embedding": NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))})
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
+        got = jax.jit(lambda weight: compat.merge(graphdef, {"embedding": weight})(ids))(
+            stored["llm/embed/embedding"]
+        )
+    np.testing.assert_allclose(got, compat.merge(graphdef, params)(ids), rtol=1e-6)

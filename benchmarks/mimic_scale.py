@@ -41,7 +41,7 @@ from vilam3_jax.datasets.source_files import SourceFolder
 
 FILMS, STUDIES, PATIENTS, QUESTIONS, ANNOTATED = 377_110, 227_835, 65_379, 700_703, 276_778
 SPLITS = {"test": 5_159, "validate": 2_991}  # films; the rest is for training
-_PICTURES = 64  # a file system has a bound on the links of one file
+_IMAGES = 64  # a file system has a bound on the links of one file
 _SENTENCES = (
     "The lungs are clear.",
     "There is no pleural effusion.",
@@ -144,9 +144,9 @@ def _annotation(folder: Path, everything: list, split_of: dict, rng: random.Rand
 
 
 def _files(folder: Path, everything: list, studies: dict, rng: random.Random) -> None:
-    base = folder / "pictures"
+    base = folder / "images"
     base.mkdir()
-    for number in range(_PICTURES):
+    for number in range(_IMAGES):
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4), np.uint8)
         Image.fromarray(pixels).resize((32, 32)).save(base / f"{number}.jpg", quality=50)
     for study, subject in studies.items():
@@ -157,7 +157,7 @@ def _files(folder: Path, everything: list, studies: dict, rng: random.Random) ->
             f" FINAL REPORT\n FINDINGS:\n\n {body}\n\n IMPRESSION: No change.\n"
         )
     for number, (subject, study, dicom, _) in enumerate(everything):
-        os.link(base / f"{number % _PICTURES}.jpg", folder / f"{study_path(subject, study)}/{dicom}.jpg")
+        os.link(base / f"{number % _IMAGES}.jpg", folder / f"{study_path(subject, study)}/{dicom}.jpg")
 
 
 def read_lists(folder: str, name: str) -> None:

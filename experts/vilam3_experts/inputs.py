@@ -186,7 +186,7 @@ def _from_dicom(root: epath.Path, kind: Kind) -> Iterator[Input]:
             folder = epath.Path(os.path.commonpath([os.fspath(member.parent) for member in members]))
             name = (folder.relative_to(root) / series.identifier).as_posix()
             yield Input(name, folder, kind, series=series)
-        elif kind == "image" and series.kind == "picture":
+        elif kind == "image" and series.kind == "image":
             yield from (Input(m.relative_to(root).as_posix(), m, kind) for m in members)
     damaged = [epath.Path(path) for path, reason in skipped if reason == dicom.DAMAGED_HEADER]
     yield from (Input(path.relative_to(root).as_posix(), path, kind) for path in damaged)

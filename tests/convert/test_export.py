@@ -151,7 +151,7 @@ def test_a_whole_model_there_and_back(tmp_path, monkeypatch, capsys, order, leaf
         dict(image_aspect_ratio="dynamic_s2", s2_scales=(32, 64, 96), max_tiles=10),
     ],
 )
-def test_ways_to_take_pictures_come_back(tmp_path, changes):
+def test_ways_to_take_images_come_back(tmp_path, changes):
     config = ConfigDict({**tiny.get_model().to_dict(), **changes})
     params = param_paths.flatten(build.init_params(config, "generative", jax.random.key(0)))
     train_bpe(["liver spleen"], 270, tmp_path / "words", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))

@@ -24,7 +24,7 @@ def test_planar_configuration(shown):
     assert any("Planar Configuration" in note for note in image.notes)
 
 
-def test_equal_channels_are_a_picture(shown):
+def test_equal_channels_are_an_image(shown):
     grey = np.repeat(RAMP[..., None], 3, axis=-1)
     image = shown(grey, "RGB", WindowCenter=40, WindowWidth=400)
     np.testing.assert_array_equal(image.pixels, grey)

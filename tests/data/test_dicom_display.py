@@ -134,7 +134,7 @@ def test_values_of_any_size_are_stretched(shown):
     assert not shown(np.full((4, 4), 500, np.uint16)).pixels.any()
 
 
-def test_a_nearly_empty_picture_shows_what_differs(shown):
+def test_a_nearly_empty_image_shows_what_differs(shown):
     pixels = np.zeros((64, 64), np.uint16)
     pixels[5, 5], pixels[6, 6] = 1000, 500
     grey = shown(pixels).pixels

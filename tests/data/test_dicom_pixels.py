@@ -125,7 +125,7 @@ def test_grey_is_that_of_pydicom_and_highdicom(name):
         ("liver_expb.dcm", "liver.dcm", 0),
     ],
 )
-def test_a_picture_does_not_depend_on_how_it_is_stored(name, reference, tolerance):
+def test_an_image_does_not_depend_on_how_it_is_stored(name, reference, tolerance):
     image, expected = (read_image(real(one)).pixels for one in (name, reference))
     assert image.dtype == np.uint8 and image.shape == expected.shape
     assert np.abs(image.astype(int) - expected).max() <= tolerance
@@ -329,7 +329,7 @@ def seeds(tmp_path_factory):
     keep=st.floats(0, 1),
     changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=8),
 )
-def test_damaged_files_give_a_picture_or_one_clear_line(tmp_path_factory, seeds, which, keep, changes):
+def test_damaged_files_give_an_image_or_one_clear_line(tmp_path_factory, seeds, which, keep, changes):
     raw = bytearray(seeds[which])
     for place, value in changes:
         raw[int(place * len(raw))] = value

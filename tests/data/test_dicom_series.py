@@ -96,7 +96,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("file_name", ["000-first", "zzz-last.dcm"])
-def test_one_odd_file_is_put_aside_with_its_reason(tmp_path, name, file_name):
+def test_one_odd_file_is_skipped_with_its_reason(tmp_path, name, file_name):
     changes, reason = ODD[name]
     save_stack(tmp_path, AcquisitionNumber=1)
     save(plain_slice(6, **{"AcquisitionNumber": 1, **changes}), tmp_path / file_name)
@@ -217,7 +217,7 @@ def test_several_series_are_listed_and_one_is_chosen(tmp_path):
         read_series(tmp_path, series="1.2.5")
 
 
-def test_localizers_single_slices_and_pictures_do_not_hide_the_volume(tmp_path):
+def test_localizers_single_slices_and_images_do_not_hide_the_volume(tmp_path):
     save_stack(tmp_path / "volume")
     save(plain_slice(SeriesInstanceUID="1.2.41"), tmp_path / "monitor.dcm")
     scout = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
@@ -230,7 +230,7 @@ def test_localizers_single_slices_and_pictures_do_not_hide_the_volume(tmp_path):
     assert volume.values.shape[2] == 6
     (note,) = volume.notes
     assert note.startswith("5 other series skipped: ")
-    for words in ("(CT, picture)", "(CT, 1 slice", "(MR, 3 slices)", "(SR, not an image)"):
+    for words in ("(CT, image)", "(CT, 1 slice", "(MR, 3 slices)", "(SR, not an image)"):
         assert words in note
     with pytest.raises(UserError, match=r"cannot be read as a volume: a localizer \(scout\)"):
         read_series(tmp_path, series="1.2.42")
@@ -240,7 +240,7 @@ def test_localizers_single_slices_and_pictures_do_not_hide_the_volume(tmp_path):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({"ImagePositionPatient": None}, "picture.*no slice position"),
+        ({"ImagePositionPatient": None}, "image.*no slice position"),
         ({"SOPClassUID": SegmentationStorage, "Modality": "SEG"}, "a segmentation, not a scan"),
         ({"Rows": None, "PixelData": None}, "CT Image without rows and columns"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"], "Modality": "MR"}, "mosaic.*dcm2niix"),

@@ -207,7 +207,7 @@ def test_padding_is_black_and_out_of_the_statistics(shown, photometric):
     assert (grey[0, 0] > 128) == ((pixels[0, 0] > 2000) == (photometric == "MONOCHROME2"))
 
 
-def test_a_picture_of_padding_alone_is_refused(shown):
+def test_an_image_of_padding_alone_is_refused(shown):
     with pytest.raises(UserError, match="all pixels are padding or NaN"):
         shown(np.full((4, 4), 7, np.uint16), PixelPaddingValue=7)
 

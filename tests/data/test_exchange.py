@@ -74,7 +74,7 @@ def test_failure_is_told(kind):
     assert not Result(record, kind).shows_overlay
 
 
-def test_marker_and_picture_go_together():
+def test_marker_and_image_go_together():
     record = ct_annotation()
     for kind, other in (
         ("segmentation", record),
@@ -124,7 +124,7 @@ def test_no_name_is_lost_when_colours_repeat():
     assert len(PALETTE) == 16
 
 
-def test_overlay_turns_labels_like_the_picture():
+def test_overlay_turns_labels_like_the_image():
     record = ct_annotation()
     for axis in range(3):
         for index in range(record.label_shape[axis]):

@@ -265,7 +265,7 @@ def test_folders_and_absent_files(tmp_path):
         identify(tmp_path / "absent")
 
 
-def test_a_picture_for_a_scan_and_the_other_way_round():
+def test_an_image_for_a_scan_and_the_other_way_round():
     assert str(refusal("x", file_kinds.PNG)) == (
         "x: PNG image, not a scan; give a NIfTI, NRRD, MetaImage or DICOM file"
     )

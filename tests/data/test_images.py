@@ -183,7 +183,7 @@ def test_transparent_palette_entries():
     assert out[0].tolist() == [[255] * 3, [40, 50, 60], [70, 80, 90], [40, 50, 60]]
 
 
-def test_pictures_that_are_transparent_everywhere_are_noted(tmp_path):
+def test_images_that_are_transparent_everywhere_are_noted(tmp_path):
     path = tmp_path / "blank.png"
     path.write_bytes(encoded(Image.new("RGBA", (4, 4), (1, 2, 3, 0))))
     with pytest.warns(InputWarning, match=r"blank\.png: the image is fully transparent"):
@@ -290,7 +290,7 @@ def test_animations_are_refused_or_a_frame_is_chosen(form, tmp_path):
     assert (image.frame, image.frames, image.modality) == (1, 3, "unknown")
 
 
-def test_one_picture_is_frame_0():
+def test_one_image_is_frame_0():
     assert decode_image(encoded(FRAMES[0], "GIF"), frame=0)[0, 0].tolist() == [255, 0, 0]
     with pytest.raises(UserError, match="no number 1 among its 1 frames"):
         decode_image(encoded(FRAMES[0]), frame=1)
@@ -349,7 +349,7 @@ def test_film_window_and_many_frames(tmp_path):
         load_pixels(cut)
 
 
-def test_film_files_that_are_pictures(tmp_path):
+def test_film_files_that_are_images(tmp_path):
     path = tmp_path / "film.png"
     path.write_bytes(encode_png(RGB))
     np.testing.assert_array_equal(load_pixels(path), RGB)

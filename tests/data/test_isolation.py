@@ -108,7 +108,7 @@ def test_volumes_cross_unchanged(decoder, tmp_path):
         assert there.content_key == here.content_key
 
 
-def test_pictures_cross_unchanged(decoder, tmp_path):
+def test_images_cross_unchanged(decoder, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     picture = decoder.load_image(tmp_path / "picture.png", alpha="ignore", frame=0)

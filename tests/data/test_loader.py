@@ -221,7 +221,7 @@ def test_held_out_order_mixes_patients_and_does_not_depend_on_the_seed(root) -> 
     assert orders[0] != sorted(orders[0]) and len(set(orders[0])) == 11
 
 
-def test_augment_changes_training_pictures_only_and_resumes(root) -> None:
+def test_augment_changes_training_images_only_and_resumes(root) -> None:
     cfg = config(root, (("films", 1.0),))
     clean = batches_of(cfg, 4)
     cfg.data.augment = True
@@ -427,7 +427,7 @@ def test_a_shard_that_cannot_be_read_ends_the_run(tmp_path, monkeypatch, shard: 
     loader.close()
 
 
-def test_an_image_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch) -> None:
+def test_an_image_that_cannot_be_read_now_is_not_skipped(tmp_path, monkeypatch) -> None:
     rng = np.random.default_rng(0)
 
     def fail(path: Path):
@@ -444,7 +444,7 @@ def test_an_image_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch
     loader.close()
 
 
-def test_records_that_the_program_fails_on_are_put_aside_by_type(root, monkeypatch) -> None:
+def test_records_that_the_program_fails_on_are_skipped_by_type(root, monkeypatch) -> None:
     whole = batch_formats.encode_example
 
     def fail_on(often: int):

@@ -142,7 +142,7 @@ def test_pairs_are_never_cut(root) -> None:
     assert batch.images.shape == (8, 8, 8, 3)
 
 
-def test_merged_tiles_know_their_picture(tmp_path) -> None:
+def test_merged_tiles_know_their_image(tmp_path) -> None:
     write(tmp_path / "films", [strip(i, (36, 12)[i % 2]) for i in range(6)])
     cfg = tiled(config(tmp_path, images_per_group=12, global_rows=4, seq_len=96), 4)
     cfg.model.image_aspect_ratio, cfg.model.s2_scales = "dynamic_s2", (8, 16)

@@ -191,7 +191,7 @@ def by_path(folder, names, kind="conversation"):
 
 @pytest.mark.parametrize("kind", ["conversation", "pair"])
 @pytest.mark.parametrize("change", ["other", "gone", "copied"])
-def test_a_state_is_of_the_pictures_behind_its_paths(tmp_path, kind, change) -> None:
+def test_a_state_is_of_the_images_behind_its_paths(tmp_path, kind, change) -> None:
     file = by_path(tmp_path / "films", ["a.png"], kind) / "a.png"
     cfg = config(tmp_path, global_pairs=4)
     cfg.task = "contrastive" if kind == "pair" else cfg.task
@@ -215,7 +215,7 @@ def test_a_state_is_of_the_pictures_behind_its_paths(tmp_path, kind, change) -> 
     loader.close()
 
 
-def test_a_state_names_the_one_picture_that_changed(tmp_path) -> None:
+def test_a_state_names_the_one_image_that_changed(tmp_path) -> None:
     names = [f"{i}.png" for i in range(12)]
     folder = by_path(tmp_path / "films", names)
     cfg = config(tmp_path, loader_shards=1, global_rows=2)
@@ -232,7 +232,7 @@ def test_a_state_names_the_one_picture_that_changed(tmp_path) -> None:
     loader.close()
 
 
-def test_a_picture_that_cannot_be_read_now_is_no_other_picture(tmp_path, monkeypatch) -> None:
+def test_an_image_that_cannot_be_read_now_is_no_other_image(tmp_path, monkeypatch) -> None:
     by_path(tmp_path / "films", ["a.png"])
     cfg = config(tmp_path)
     _, state, _ = run(cfg, 1)

@@ -185,11 +185,11 @@ def test_scan_and_load_volume_agree(hospital, tmp_path, capsys, monkeypatch) -> 
             assert reason in str(refused.value)
     assert {use: len(series) for use, series in uses.items()} == {
         "volume": 5,  # 1, 3/1, 3/2, 6, 14
-        "pictures": 2,
+        "images": 2,
         "undecided": 1,
         "no": 6,  # 2, 5, 7, 8, 9, 13
     }
-    assert {one["kind"] for one in uses["pictures"]} == {"picture", "cine"}
+    assert {one["kind"] for one in uses["images"]} == {"image", "cine"}
     assert load_volume(hospital, series=uses["undecided"][0]["id"])  # the duplicate has equal pixels
     (grid,) = result["volumes"]
     assert (grid["shape"], grid["spacing_mm"], grid["orientation"]) == ([3, 4, 5], [2, 2, 3], "RAS")
@@ -210,13 +210,13 @@ def test_pydicoms_own_files_agree(tmp_path, capsys) -> None:
                 read_listed(listed[one["id"]], folder)
 
 
-def test_cut_short_pictures_are_not_offered(tmp_path, capsys) -> None:
+def test_cut_short_images_are_not_offered(tmp_path, capsys) -> None:
     whole = save(tmp_path / "in" / "whole.dcm", colour("1"))
     cut = save(tmp_path / "in" / "cut.dcm", colour("1"))
     cut.write_bytes(cut.read_bytes()[:-40])
     result, _ = scan(tmp_path / "in", tmp_path, capsys)
     (one,) = result["series"]
-    assert one["use"] == "pictures" and one["files"] == 1
+    assert one["use"] == "images" and one["files"] == 1
     assert one["skipped"] == [{"reason": "truncated pixel data", "files": 1}]
     assert read_image(whole).pixels.shape == (4, 5, 3)
     with pytest.raises(UserError):
@@ -547,7 +547,7 @@ def test_other_readable_files(tmp_path, capsys) -> None:
     (folder / "cut.png").write_bytes(whole[:20])
     (folder / "slide.zip").write_bytes(b"PK\x03\x04" + bytes(40))
     result, text = scan(folder, tmp_path, capsys)
-    kinds = {entry["kind"]: entry for entry in result["pictures"]}
+    kinds = {entry["kind"]: entry for entry in result["images"]}
     assert kinds["PNG image"] == {
         "kind": "PNG image", "files": 3, "usable": 2, "several_pages": 0,
         "smallest": [8, 8], "largest": [32, 32]

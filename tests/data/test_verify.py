@@ -422,7 +422,7 @@ def test_a_trunk_is_no_head_but_a_whole_body_may_hold_one():
     assert "cm²" in check_input(region, [Evidence.of("", trunk_volume)])[0].message
 
 
-def test_a_picture_is_judged_by_what_its_file_states_alone():
+def test_an_image_is_judged_by_what_its_file_states_alone():
     film = np.full((64, 64, 3), 200, np.uint8)
     expert = CARDS["PNEUMONIA"]
     for said, expected in (

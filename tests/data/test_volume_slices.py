@@ -163,7 +163,7 @@ def test_slices_around_a_finding(whole) -> None:
         Renderer(image_reader=ImageReader(SIZE), slices=rule)
 
 
-def test_volumes_slices_and_pictures_stand_side_by_side(whole) -> None:
+def test_volumes_slices_and_images_stand_side_by_side(whole) -> None:
     root, example, annotation = whole
     plane = dataclasses.replace(example.images[0], index=4)
     turns = (
@@ -242,7 +242,7 @@ def test_the_loader_stops_where_the_settings_say_so(world) -> None:
     loader.close()
 
 
-def test_a_reference_to_a_whole_volume_is_no_picture(whole) -> None:
+def test_a_reference_to_a_whole_volume_is_no_image(whole) -> None:
     root, example, _ = whole
     with pytest.raises(UserError, match="of which no slice was chosen"):
         ImageReader(SIZE).read(example.images[0], root)

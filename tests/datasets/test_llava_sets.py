@@ -113,7 +113,7 @@ def test_damaged_archives_and_members(tmp_path):
 
 
 def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr("vilam3_jax.datasets.pictures.MAX_PICTURE_BYTES", 10_000)
+    monkeypatch.setattr("vilam3_jax.datasets.image_files.MAX_IMAGE_BYTES", 10_000)
     bomb = zipped({CC3M[0]["image"]: bytes(20_000)}, zipfile.ZIP_DEFLATED)
     write(tmp_path, {"chat.json": CC3M[:1], "images.zip": bomb})
     _, skipped = made(Cc3m595k, tmp_path)

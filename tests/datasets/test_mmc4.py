@@ -37,7 +37,7 @@ def reasons(skipped):
     return {one.record: one.reason for one in skipped["train"]}
 
 
-def test_pictures_stand_before_their_sentences(tmp_path):
+def test_images_stand_before_their_sentences(tmp_path):
     documents = [
         page([image("c.jpg", 2), image("a.jpg", 0), image("b.jpg", 0), image("gone.jpg", 1)]),
         page([image("gone.jpg", 0)]),
@@ -50,7 +50,7 @@ def test_pictures_stand_before_their_sentences(tmp_path):
     assert first.format == "document" and first.id == "docs_no_face_shard_12_v3/1"
     assert [turn.text for turn in first.turns] == ["<image><image>One. Two [image]. <image>Three."]
     assert [one.data for one in first.images] == [picture(1), picture(2), picture(3)]
-    assert first.meta["pictures_left_out"] == 1 and second.id.endswith("/3")
+    assert first.meta["images_left_out"] == 1 and second.id.endswith("/3")
     assert reasons(skipped) == {f"{SHARD} record 2": "none of its 1 images can be used"}
     examples, _ = made(Mmc4, tmp_path, argv=["--min-similarity", "0.2"])
     assert [len(one.images) for one in examples["train"]] == [3, 1]

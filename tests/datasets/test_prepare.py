@@ -236,7 +236,7 @@ def test_a_split_without_records_is_told(tmp_path):
     ]
 
 
-def test_a_picture_that_is_named_by_path_is_set_aside_without_it(tmp_path):
+def test_an_image_that_is_named_by_path_is_set_aside_without_it(tmp_path):
     source = twin(tmp_path / "source")
     (source / "images/2.jpg").write_text("<html>")
     built = prepare(Toy(), source, tmp_path / "out", BuildOptions(copy_images=False))
@@ -244,7 +244,7 @@ def test_a_picture_that_is_named_by_path_is_set_aside_without_it(tmp_path):
     assert named[0] == "r2" and named[1].startswith("web page")
 
 
-def test_a_disk_that_fails_while_pictures_are_read_ends_the_build(source, tmp_path, monkeypatch):
+def test_a_disk_that_fails_while_images_are_read_ends_the_build(source, tmp_path, monkeypatch):
     def failing(path):
         raise UnavailableError(f"{path}: cannot be read now")
 
@@ -295,14 +295,14 @@ def test_a_complete_build_is_reused_and_no_other_is_overwritten(source, tmp_path
     assert (tmp_path / "mine/toy/1.2.0/thesis.txt").read_text() == "mine"
 
 
-def test_pictures_by_path_are_found_again(source, tmp_path):
+def test_images_by_path_are_found_again(source, tmp_path):
     prepare(Toy(), source, tmp_path / "out", BuildOptions(copy_images=False))
     train = ExampleSource(tmp_path / "out" / "toy", "train")
     image = train[4].images[0]
     assert image.data is None and (train.data_root / str(image.path)).read_bytes() == picture(4)
 
 
-def test_pictures_are_stored_decoded(source, tmp_path, registered, capsys):
+def test_images_are_stored_decoded(source, tmp_path, registered, capsys):
     arguments = [
         "prepare",
         "toy",

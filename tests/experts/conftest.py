@@ -76,9 +76,9 @@ def environment(plugin_path, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """Folder of three images, one of them damaged."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     write_png(folder / "a dim.png", 51)
     write_png(folder / "deeper" / "c bright.png", 204)
     (folder / "b damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")

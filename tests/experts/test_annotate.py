@@ -28,9 +28,9 @@ def _keep_signal_handler():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_bad_file_is_put_aside_and_the_run_goes_on(plugin, pictures, tmp_path):
+def test_a_bad_file_is_skipped_and_the_run_goes_on(plugin, images, tmp_path):
     store = tmp_path / "store"
-    summary = annotate(descriptors.get("FAKE"), pictures, store)
+    summary = annotate(descriptors.get("FAKE"), images, store)
     assert summary.counts == {"annotated": 2, "unreadable": 1}
     ((name, reason),) = summary.problems
     assert name == "b damaged.png" and reason
@@ -38,27 +38,27 @@ def test_a_bad_file_is_put_aside_and_the_run_goes_on(plugin, pictures, tmp_path)
     records = AnnotationStore(store)
     values = sorted(records.get(*key).probabilities["bright"] for key in records.keys())  # noqa: SIM118
     assert values == pytest.approx([0.2, 0.8])
-    again = annotate(descriptors.get("FAKE"), pictures, store)
+    again = annotate(descriptors.get("FAKE"), images, store)
     assert again.counts == {"skipped": 2, "unreadable": 1}
 
 
 @pytest.mark.parametrize(
     ("args", "reason"), [("raise", "RuntimeError: bad thing"), ("decline", "not my field")]
 )
-def test_failures_are_stored_with_their_reason(plugin, pictures, tmp_path, args, reason):
+def test_failures_are_stored_with_their_reason(plugin, images, tmp_path, args, reason):
     fake = descriptors.get("FAKE")
-    assert annotate(fake, pictures, tmp_path / "s", args=args).counts["failed"] == 2
+    assert annotate(fake, images, tmp_path / "s", args=args).counts["failed"] == 2
     store = AnnotationStore(tmp_path / "s")
     assert {store.get(*key).reason for key in store.keys()} == {reason}  # noqa: SIM118
-    assert annotate(fake, pictures, tmp_path / "s", args=args).counts["skipped"] == 2
-    assert annotate(fake, pictures, tmp_path / "s", args=args, retry_failed=True).counts["failed"] == 2
+    assert annotate(fake, images, tmp_path / "s", args=args).counts["skipped"] == 2
+    assert annotate(fake, images, tmp_path / "s", args=args, retry_failed=True).counts["failed"] == 2
 
 
-def test_stopped_run_keeps_what_it_has(pictures, tmp_path, environment):
+def test_stopped_run_keeps_what_it_has(images, tmp_path, environment):
     """SIGTERM while the second image hangs: the first record is stored, and the next run skips it."""
     store = tmp_path / "store"
     command = [sys.executable, "-m", "vilam3_experts", "annotate", "--expert", "FAKE", "--args", "dim only"]
-    command += ["--data", str(pictures), "--out", str(store)]
+    command += ["--data", str(images), "--out", str(store)]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     mark = pathlib.Path(environment["FAKE_MARK"])
     deadline = time.monotonic() + 60
@@ -69,13 +69,13 @@ def test_stopped_run_keeps_what_it_has(pictures, tmp_path, environment):
     child.communicate(timeout=30)
     assert child.returncode == 143
     assert len(AnnotationStore(store)) == 1
-    (pictures / "deeper" / "c bright.png").unlink()
+    (images / "deeper" / "c bright.png").unlink()
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "0 annotated, 1 skipped, 0 failed, 1 unreadable" in out.stdout
 
 
-def test_command_line(plugin, pictures, tmp_path, capsys):
-    common = ["annotate", "--data", str(pictures), "--out", str(tmp_path / "store")]
+def test_command_line(plugin, images, tmp_path, capsys):
+    common = ["annotate", "--data", str(images), "--out", str(tmp_path / "store")]
     assert main([*common, "--expert", "FAKE", "--verbose"]) == 0
     captured = capsys.readouterr()
     assert "FAKE: 2 annotated, 0 skipped, 0 failed, 1 unreadable" in captured.out
@@ -99,8 +99,8 @@ def test_command_line(plugin, pictures, tmp_path, capsys):
         (["--expert", "FAKE", "--data", "/nonexistent"], "no such file or folder"),
     ],
 )
-def test_mistakes_cost_one_line(plugin, pictures, tmp_path, capsys, extra, message):
-    code = main(["annotate", "--data", str(pictures), "--out", str(tmp_path / "store"), *extra])
+def test_mistakes_cost_one_line(plugin, images, tmp_path, capsys, extra, message):
+    code = main(["annotate", "--data", str(images), "--out", str(tmp_path / "store"), *extra])
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
 

@@ -316,23 +316,23 @@ def test_replay_tells_same_other_and_missing_answers(tmp_path):
     assert found.different[0][0].input == f"{2:064x}" and found.missing[0].input == f"{3:064x}"
 
 
-def test_commands_verify_and_replay(plugin, pictures, tmp_path, capsys, monkeypatch):
+def test_commands_verify_and_replay(plugin, images, tmp_path, capsys, monkeypatch):
     from vilam3_experts import descriptors
     from vilam3_experts.annotate import annotate
 
     store, log = tmp_path / "store", tmp_path / "log"
     made = []
-    annotate(descriptors.get("FAKE"), pictures, store, args="fine", show=lambda _, a: made.append(a))
+    annotate(descriptors.get("FAKE"), images, store, args="fine", show=lambda _, a: made.append(a))
     with AuditLog(log) as audit_log:
         for annotation in made:
             audit_log.append(annotation)
     assert cli.main(["audit", "verify", str(log)]) == 0
     assert f"{len(made)} calls in 1 chains: intact" in capsys.readouterr().out
-    assert cli.main(["audit", "replay", str(log), "--data", str(pictures)]) == 0
+    assert cli.main(["audit", "replay", str(log), "--data", str(images)]) == 0
     assert f"{len(made)} answers are the same" in capsys.readouterr().out
     key = made[0].input_key
     monkeypatch.setattr(commands_audit, "inputs_key", lambda keys: "0" if keys[0][1] == key else keys[0][1])
-    assert cli.main(["audit", "replay", str(log), "--data", str(pictures)]) == 1
+    assert cli.main(["audit", "replay", str(log), "--data", str(images)]) == 1
     assert "1 cannot be computed" in capsys.readouterr().out
     assert cli.main(["audit", "verify", str(tmp_path / "nothing")]) == 2
     assert cli.main(["store", "info", str(store)]) == 0

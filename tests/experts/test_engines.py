@@ -338,8 +338,8 @@ def test_parts_are_disjoint_and_complete(folder, tmp_path):
         (["--object-store-gb=0"], "--object-store-gb 0"),
     ],
 )
-def test_bad_options(plugin, pictures, tmp_path, capsys, extra, message):
-    code = main(["annotate", "--expert=FAKE", f"--data={pictures}", f"--out={tmp_path}/s", *extra])
+def test_bad_options(plugin, images, tmp_path, capsys, extra, message):
+    code = main(["annotate", "--expert=FAKE", f"--data={images}", f"--out={tmp_path}/s", *extra])
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
 
@@ -371,19 +371,19 @@ def test_out_of_memory_is_recognised():
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
 
 
-def test_logged_calls_can_be_made_again(plugin, pictures, tmp_path, capsys):
+def test_logged_calls_can_be_made_again(plugin, images, tmp_path, capsys):
     """A run and the live host share one log."""
-    common = ["annotate", "--expert=FAKE", f"--data={pictures}", f"--out={tmp_path}/s", "--workers=0"]
+    common = ["annotate", "--expert=FAKE", f"--data={images}", f"--out={tmp_path}/s", "--workers=0"]
     assert main([*common, f"--audit={tmp_path}/audit"]) == 0
     request = {"id": 1, "expert": "FAKE", "args": "fine"}
-    request["inputs"] = [{"role": "", "image_bytes": (pictures / "a dim.png").read_bytes()}]
+    request["inputs"] = [{"role": "", "image_bytes": (images / "a dim.png").read_bytes()}]
     source, sink = io.BytesIO(), io.BytesIO()
     write_frame(source, request)
     source.seek(0)
     assert serve(None, source, sink, audit=tmp_path / "audit") == 0
     assert audit.verify(tmp_path / "audit").calls == 3
     capsys.readouterr()
-    assert main(["audit", "replay", f"{tmp_path}/audit", f"--data={pictures}"]) == 0
+    assert main(["audit", "replay", f"{tmp_path}/audit", f"--data={images}"]) == 0
     assert "2 answers are the same, 0 differ" in capsys.readouterr().out
 
 

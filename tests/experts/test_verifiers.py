@@ -154,12 +154,12 @@ def test_films_are_judged_by_their_headers_and_refused_ones_join_no_batch(tmp_pa
     assert "shows the limb" in refused.reason
 
 
-def test_calibration_is_applied_while_annotating(plugin, pictures, tmp_path, capsys):
+def test_calibration_is_applied_while_annotating(plugin, images, tmp_path, capsys):
     fake = descriptors.get("FAKE")
     weights = load_weights(fake, None).sha256
     mild = ClassCalibration("temperature", 2.0)
     Calibration("FAKE", "1", weights, "temperature", {"bright": mild}).save(tmp_path / "c.json")
-    command = ["annotate", "--expert", "FAKE", "--data", str(pictures), "--out", str(tmp_path / "store")]
+    command = ["annotate", "--expert", "FAKE", "--data", str(images), "--out", str(tmp_path / "store")]
     assert main([*command, "--calibration", str(tmp_path / "c.json")]) == 0
     store = AnnotationStore(tmp_path / "store")
     records = [store.get(*key) for key in store.keys()]  # noqa: SIM118
@@ -168,7 +168,7 @@ def test_calibration_is_applied_while_annotating(plugin, pictures, tmp_path, cap
     (key,) = (k for k in store.keys() if store.get(*k).probabilities["bright"] > 0.5)  # noqa: SIM118
     calibration = load_calibration(tmp_path / "c.json")
     live = host_module.Host(None, calibrations=[calibration])
-    png = (pictures / "deeper" / "c bright.png").read_bytes()
+    png = (images / "deeper" / "c bright.png").read_bytes()
     request = {"id": 1, "expert": "FAKE", "inputs": [{"role": "", "image_bytes": png}]}
     answer = Annotation.from_bytes(live.answer(request)["annotation"])
     assert dataclasses.replace(answer, seconds=0) == dataclasses.replace(store.get(*key), seconds=0)

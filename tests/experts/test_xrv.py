@@ -67,7 +67,13 @@ def test_resize_takes_two_pixels_each_way(side, wanted):
     np.testing.assert_allclose(resize(square, wanted)[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("member", "make"), [(CHEX, xrv_reference.densenet), (RESNET, xrv_reference.resnet)])
+@pytest.mark.parametrize(
+    ("member", "make"),
+    [
+        (CHEX, xrv_reference.densenet),
+        pytest.param(RESNET, xrv_reference.resnet, marks=pytest.mark.slow),
+    ],
+)
 def test_network_is_torchxrayvisions(member, make):
     reference = make(3)
     network, thresholds = networks.load(member, stored(reference))

@@ -55,7 +55,7 @@ def test_load_answers_about_a_scan_and_a_film(assistant, world):
     assert (again.answer, again.notes) == (film.answer, film.notes)
 
 
-def test_the_picture_has_what_experts_need(world):
+def test_the_image_has_what_experts_need(world):
     store = AnnotationStore(world.annotations)
     cut = images.open_image(world.volume, 32, axis="coronal", index=3)
     assert (cut.axis, cut.index, cut.volume, cut.png) == (1, 3, VolumeSource(str(world.volume)), b"")
@@ -97,7 +97,7 @@ def test_a_scan_of_one_slice_is_shown_in_its_own_plane(tmp_path, axis, plane):
     assert images.open_image(path, None, axis=asked).description.startswith(asked)
 
 
-def test_a_decoder_process_gives_the_same_picture(world):
+def test_a_decoder_process_gives_the_same_image(world):
     with DecoderProcess() as decoder:
         for image, options in ((world.volume, {"modality": "CT", "index": 3}), (world.film, {})):
             here = images.open_image(image, 32, **options)

@@ -49,7 +49,8 @@ def test_sharded_equals_unsharded_for_ten_steps(kind, axes):
         assert many["supervised"] == one["supervised"]
 
 
-@pytest.mark.parametrize("kind", ["generative", pytest.param("contrastive", marks=SLOW)])
+@pytest.mark.slow  # `test_a_tower_has_rules_of_its_own` also splits queries
+@pytest.mark.parametrize("kind", ["generative", "contrastive"])
 def test_queries_over_tensor_equal_one_device(kind):
     make = packed_batch if kind == "generative" else pair_batch
     config = tiny_config(kind, data=2, fsdp=2, tensor=2)
@@ -214,6 +215,7 @@ def test_activations_are_split_inside_the_step():
     assert f"f32[{rows},{length},{mlp}]" not in text
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_repeated_batch():
     config = tiny_config(fsdp=4, tensor=2)
     config.num_steps = 60
@@ -238,6 +240,7 @@ def test_accumulation_equals_one_large_batch():
         np.testing.assert_allclose(average, one.state.ema[path], atol=2e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_groups_of_rows_whole():
     plain, parts = tiny_config(fsdp=2, tensor=4), tiny_config(fsdp=2, tensor=4)
     for config in (plain, parts):

@@ -90,7 +90,7 @@ def test_a_folder_is_claimed_from_a_colleague_whose_file_one_may_only_read(tmp_p
         assert modes[0] == 0o666  # the umask decides who may write
 
 
-def test_records_put_aside_are_named_across_restarts(tmp_path, monkeypatch):
+def test_records_skipped_are_named_across_restarts(tmp_path, monkeypatch):
     first = workdir.SkippedRecords(tmp_path)
     assert first.add([]) == {} and not (tmp_path / workdir.SKIPPED_FILE).exists()
     assert first.add([("a/train record 1", "torn")]) == {"records_skipped": 1}

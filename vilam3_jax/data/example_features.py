@@ -33,7 +33,7 @@ def features_dict() -> Any:
     text, number = tfds.features.Text, functools.partial(tfds.features.Scalar, dtype=np.int64)
     images = {
         # `features.Image` would decode the image at every read.
-        "bytes": tfds.features.Tensor(shape=(), dtype=np.object_, doc="encoded picture, or empty"),
+        "bytes": tfds.features.Tensor(shape=(), dtype=np.object_, doc="encoded image, or empty"),
         "path": text(doc="file below the data root, or empty"),
         "axis": number(doc="of the volume that is cut, or -1"),
         "index": number(doc="of the plane along the axis, or -1"),

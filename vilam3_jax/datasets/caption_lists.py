@@ -10,8 +10,8 @@ from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import instruction_lists
 from vilam3_jax.datasets.conversations import metadata, pair
 from vilam3_jax.datasets.dataset import Context, SkipItem
+from vilam3_jax.datasets.image_files import ImageFiles
 from vilam3_jax.datasets.instruction_lists import Record
-from vilam3_jax.datasets.pictures import Pictures
 
 CONFIGS = {
     "caption": "image and caption, without the instruction, as the plain template trains on",
@@ -21,27 +21,29 @@ CONFIGS = {
 
 
 def make(
-    item: Record, context: Context, *, path: str, pictures: Pictures, form: str = ""
+    item: Record, context: Context, *, path: str, image_files: ImageFiles, form: str = ""
 ) -> Iterator[Example]:
     """Yields the example of a record; `form` is a key of `CONFIGS`, by default `context.config`."""
-    example, record = read(item, context, path, pictures)
+    example, record = read(item, context, path, image_files)
     yield shaped(example, metadata(context, modality="", group=group_of(record)), form or context.config)
 
 
-def read(item: Record, context: Context, path: str, pictures: Pictures) -> tuple[Example, dict[str, Any]]:
+def read(
+    item: Record, context: Context, path: str, image_files: ImageFiles
+) -> tuple[Example, dict[str, Any]]:
     """Reads a record: (its dialogue, the record).
 
     Raises:
       SkipItem: the record names a slice of a volume, or is unusable.
     """
     name, record = instruction_lists.read_record(context, path, item)
-    return instruction_lists.dialogue(name, record, functools.partial(_image, context, pictures)), record
+    return instruction_lists.dialogue(name, record, functools.partial(_image, context, image_files)), record
 
 
-def _image(context: Context, pictures: Pictures, image: ImageRef | str) -> ImageRef:
+def _image(context: Context, image_files: ImageFiles, image: ImageRef | str) -> ImageRef:
     if isinstance(image, ImageRef):
         raise SkipItem("names a slice of a volume")
-    return pictures.ref(context, image)
+    return image_files.ref(context, image)
 
 
 def group_of(record: dict[str, object]) -> str | None:

@@ -10,8 +10,8 @@ from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import caption_lists, instruction_lists
 from vilam3_jax.datasets.conversations import metadata, pair, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
+from vilam3_jax.datasets.image_files import ImageFiles, find_image_files
 from vilam3_jax.datasets.instruction_lists import Record
-from vilam3_jax.datasets.pictures import Pictures, find_pictures
 from vilam3_jax.datasets.source_files import SourceFolder
 
 _CHAT, _METADATA = "chat.json", "metadata.json"
@@ -41,18 +41,18 @@ class Cc3m595k(Dataset):
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         blip = self.config == "blip"
         (file, _) = source.require(_METADATA if blip else _CHAT, ("images", "images.zip"))
-        pictures = find_pictures(source, ["images"], ["images.zip"])
-        make = functools.partial(_make_blip if blip else caption_lists.make, pictures=pictures)
+        image_files = find_image_files(source, ["images"], ["images.zip"])
+        make = functools.partial(_make_blip if blip else caption_lists.make, image_files=image_files)
         path = str(source.root / file)
         records = instruction_lists.scan(path).records
         return {"train": instruction_lists.split_of(path, records, make, None if blip else _RECORDS)}
 
 
-def _make_blip(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
+def _make_blip(item: Record, context: Context, *, path: str, image_files: ImageFiles) -> Iterator[Example]:
     name, record = instruction_lists.read_record(context, path, item)
     if not record.get("blip_caption"):
         raise SkipItem("has no BLIP caption")
     caption = text_of(record["blip_caption"], "BLIP caption")
     image = text_of(record.get("image"), "image name")
     meta = metadata(context, modality="", group=image, label_source="BLIP")
-    yield pair(name, pictures.ref(context, os.path.basename(image)), caption, meta)
+    yield pair(name, image_files.ref(context, os.path.basename(image)), caption, meta)

@@ -64,7 +64,7 @@ def _make(
     def captioned(name: str, sample: Sample, record: dict[str, Any]) -> tuple[str, ImageRef, str]:
         _check_bound(record, _SIMILARITY, at_least=least)
         _check_bound(record, _WATERMARK, at_most=most_watermark)
-        return name, sample.picture(), tar_shards.caption(sample, record)
+        return name, sample.image(), tar_shards.caption(sample, record)
 
     pending: list[tuple[str, ImageRef, str]] = []
     for found in convert_samples(context, shard, captioned):

@@ -22,7 +22,7 @@ from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, from_instr
 from vilam3_jax.datasets import record_files
 from vilam3_jax.datasets.conversations import free_question, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
-from vilam3_jax.datasets.pictures import stored_picture
+from vilam3_jax.datasets.image_files import stored_image
 from vilam3_jax.datasets.record_files import Place
 from vilam3_jax.errors import UserError
 
@@ -276,7 +276,7 @@ def _base64(text: str, position: int) -> ImageRef | None:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise SkipItem(f"image {position} is not valid base64") from None
-    return stored_picture(data, str(position))
+    return stored_image(data, str(position))
 
 
 def _messages(record: Mapping[str, Any]) -> Any:

@@ -13,8 +13,8 @@ from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import instruction_lists
 from vilam3_jax.datasets.conversations import metadata, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
+from vilam3_jax.datasets.image_files import image_or_dicom
 from vilam3_jax.datasets.instruction_lists import Record, Scan
-from vilam3_jax.datasets.pictures import picture_or_dicom
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.user_data import STATED, UserFile, groups_of, held_out, image_node, split_named
 from vilam3_jax.errors import UnavailableError, UserError
@@ -134,7 +134,7 @@ def _image(image: ImageRef | str, *, context: Context) -> ImageRef:
     path = image if isinstance(image, str) else image.path or ""
     try:
         if isinstance(image, str):
-            return picture_or_dicom(context, image)
+            return image_or_dicom(context, image)
         assert image.axis is not None  # guaranteed by `dialogue`
         return context.volume(
             path, axis=image.axis, index=image.index, window=image.window, modality=image.modality

@@ -11,8 +11,8 @@ from vilam3_jax.data.examples import IMAGE_MARKER, Example
 from vilam3_jax.datasets import caption_lists, instruction_lists
 from vilam3_jax.datasets.conversations import metadata, question_conversation, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, Split
+from vilam3_jax.datasets.image_files import ImageFiles, find_image_files
 from vilam3_jax.datasets.instruction_lists import Record
-from vilam3_jax.datasets.pictures import Pictures, find_pictures
 from vilam3_jax.datasets.rows import Row, fields, name_of, rows_of
 from vilam3_jax.datasets.source_files import SourceFolder
 
@@ -64,26 +64,26 @@ class LlavaMed(Dataset):
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         file, _ = source.require(_FILES[self.config], ("images", "images.zip"))
-        pictures = find_pictures(source, ["images"], ["images.zip"])
+        image_files = find_image_files(source, ["images"], ["images.zip"])
         if self.config == "eval":
             items = rows_of(file, source.json_lines(file), lambda row: row["question_id"])
-            return {"test": Split(items, functools.partial(_make_question, pictures=pictures), name_of)}
+            return {"test": Split(items, functools.partial(_make_question, image_files=image_files), name_of)}
         path = str(source.root / file)
-        make = functools.partial(_make, pictures=pictures)
+        make = functools.partial(_make, image_files=image_files)
         return {"train": instruction_lists.split_of(path, instruction_lists.scan(path).records, make)}
 
 
-def _make(item: Record, context: Context, *, path: str, pictures: Pictures) -> Iterator[Example]:
-    example, record = caption_lists.read(item, context, path, pictures)
+def _make(item: Record, context: Context, *, path: str, image_files: ImageFiles) -> Iterator[Example]:
+    example, record = caption_lists.read(item, context, path, image_files)
     meta = _metadata(context, record, caption_lists.group_of(record))
     yield caption_lists.shaped(example, meta, "conversation")
 
 
-def _make_question(row: Row, context: Context, *, pictures: Pictures) -> Iterator[Example]:
+def _make_question(row: Row, context: Context, *, image_files: ImageFiles) -> Iterator[Example]:
     record = fields(row)
     question = text_of(record.get("text"), "question").replace(IMAGE_MARKER, "").strip()
     answer = text_of(record.get("gpt4_answer"), "answer of GPT-4")
-    image = pictures.ref(context, record.get("image"))
+    image = image_files.ref(context, record.get("image"))
     meta = _metadata(context, record, str(record["image"]))
     qa = question_meta(question, answer, "open", label_source="GPT-4")
     yield question_conversation(row.id, [image], meta, [qa])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from vilam3_jax.datasets import caption_lists, instruction_lists
 from vilam3_jax.datasets.dataset import Dataset, Split
-from vilam3_jax.datasets.pictures import find_pictures
+from vilam3_jax.datasets.image_files import find_image_files
 from vilam3_jax.datasets.source_files import SourceFolder
 
 _RECORDS = 558_128
@@ -31,9 +31,9 @@ class LlavaPretrain(Dataset):
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         file, _ = source.require("blip_laion_cc_sbu_558k.json", ("images", "00000", "images.zip"))
         flat = source.find("images") is None and source.find("00000") is not None
-        pictures = find_pictures(source, ["."] if flat else ["images"], ["images.zip"])
+        image_files = find_image_files(source, ["."] if flat else ["images"], ["images.zip"])
         path = str(source.root / file)
-        make = functools.partial(caption_lists.make, pictures=pictures)
+        make = functools.partial(caption_lists.make, image_files=image_files)
         return {
             "train": instruction_lists.split_of(path, instruction_lists.scan(path).records, make, _RECORDS)
         }

@@ -16,7 +16,7 @@ from vilam3_jax.data.examples import IMAGE_MARKER, Example, ImageRef, Turn
 from vilam3_jax.datasets import record_files
 from vilam3_jax.datasets.conversations import literal, metadata
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
-from vilam3_jax.datasets.pictures import Pictures, find_pictures
+from vilam3_jax.datasets.image_files import ImageFiles, find_image_files
 from vilam3_jax.datasets.record_files import Place
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
@@ -73,7 +73,7 @@ class Mmc4(Dataset):
             source.require("docs_..._shard_<N>_v3.jsonl")
         make = functools.partial(
             _make,
-            pictures=find_pictures(source, ["images"], ["images.zip"]),
+            image_files=find_image_files(source, ["images"], ["images.zip"]),
             least=self.options.min_similarity,
             most=self.options.max_images,
         )
@@ -81,14 +81,14 @@ class Mmc4(Dataset):
 
 
 def _make(
-    shard: str, context: Context, *, pictures: Pictures, least: float, most: int
+    shard: str, context: Context, *, image_files: ImageFiles, least: float, most: int
 ) -> Iterator[Example | Skipped]:
     number = _NUMBER.search(shard)
     folder = number[1] if number else ""
     stem = os.path.basename(shard).split(".")[0]
     for place, data in _lines(context, shard):
         try:
-            yield _document(f"{stem}/{place.row}", data, context, pictures, folder, least, most)
+            yield _document(f"{stem}/{place.row}", data, context, image_files, folder, least, most)
         except (SkipItem, record_files.NotRecord) as reason:
             yield Skipped(f"{shard} record {place.row}", str(reason))
 
@@ -117,7 +117,7 @@ def _lines(context: Context, shard: str) -> Iterator[tuple[Place, bytes]]:
 
 
 def _document(
-    name: str, data: bytes, context: Context, pictures: Pictures, folder: str, least: float, most: int
+    name: str, data: bytes, context: Context, image_files: ImageFiles, folder: str, least: float, most: int
 ) -> Example:
     record = record_files.parse(data)
     sentences = _sentences(record)
@@ -129,7 +129,7 @@ def _document(
     for _, sentence, position in matches:
         if len(placed) == most:
             break
-        image = _image(listed[position].get("image_name"), context, pictures, folder)
+        image = _image(listed[position].get("image_name"), context, image_files, folder)
         if image is not None:
             placed.append((sentence, position, image))
     if not placed:
@@ -139,7 +139,7 @@ def _document(
     for sentence, _, _ in placed:
         text[sentence] = f"{IMAGE_MARKER}{text[sentence]}"
     meta = metadata(
-        context, modality="", group=record.get("url") or name, pictures_left_out=len(listed) - len(placed)
+        context, modality="", group=record.get("url") or name, images_left_out=len(listed) - len(placed)
     )
     images = tuple(image for _, _, image in placed)
     return Example(name, "document", images, (Turn("assistant", " ".join(text), True),), meta=meta)
@@ -168,10 +168,10 @@ def _matches(listed: list[Any], count: int, least: float) -> Iterator[tuple[floa
             yield float(similarity), sentence, position
 
 
-def _image(name: object, context: Context, pictures: Pictures, folder: str) -> ImageRef | None:
+def _image(name: object, context: Context, image_files: ImageFiles, folder: str) -> ImageRef | None:
     for place in (name, f"{folder}/{name}") if folder else (name,):
         try:
-            return pictures.ref(context, place)
+            return image_files.ref(context, place)
         except SkipItem:
             continue
     return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from vilam3_jax.datasets import caption_lists, instruction_lists
 from vilam3_jax.datasets.dataset import Dataset, Split
-from vilam3_jax.datasets.pictures import Pictures
+from vilam3_jax.datasets.image_files import ImageFiles
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
@@ -89,8 +89,8 @@ class ShareGpt4V(Dataset):
                 f"{self.instructions}"
             )
         kept = ~np.isin(found.labels, [named[name] for name in left_out])
-        pictures = Pictures(below.rstrip("/"))
-        make = functools.partial(caption_lists.make, pictures=pictures, form="conversation")
+        image_files = ImageFiles(below.rstrip("/"))
+        make = functools.partial(caption_lists.make, image_files=image_files, form="conversation")
         return {"train": instruction_lists.split_of(path, found.records[kept], make)}
 
 

@@ -18,7 +18,7 @@ from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.datasets import parquet, table_questions, user_data
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
-from vilam3_jax.datasets.pictures import picture_or_dicom, stored_picture
+from vilam3_jax.datasets.image_files import image_or_dicom, stored_image
 from vilam3_jax.datasets.record_files import digest
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.table_questions import ONE_HOT, LabelColumn, cell_text
@@ -354,11 +354,11 @@ def _images(row: _Row, context: Context, root: str) -> list[ImageRef]:
     images: list[ImageRef] = []
     if row.place is not None:
         for value in parquet.read(root, row.place).values():
-            images.append(stored_picture(parquet.image_bytes(value), "of the table"))
+            images.append(stored_image(parquet.image_bytes(value), "of the table"))
     for path in row.images:
         if not isinstance(path, str):
             raise SkipItem(f"an image is a {type(path).__name__}, not a path")
-        images.append(picture_or_dicom(context, path))
+        images.append(image_or_dicom(context, path))
     if not images:
         raise SkipItem("names no image")
     return images

@@ -20,10 +20,10 @@ from etils import epath
 from vilam3_jax.data.examples import ImageRef, path_problem
 from vilam3_jax.datasets.conversations import text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped
-from vilam3_jax.datasets.pictures import stored_picture
+from vilam3_jax.datasets.image_files import stored_image
 from vilam3_jax.runtime import paths
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _MAX_MEMBER_BYTES = 64 << 20
 _MAX_SAMPLE_BYTES = 256 << 20
@@ -58,16 +58,16 @@ class Sample:
     parts: Mapping[str, bytes]
     problem: str | None = None
 
-    def picture(self) -> ImageRef:
+    def image(self) -> ImageRef:
         """The image, stored.
 
         Raises:
           SkipItem: there is not exactly one, or its format is not supported.
         """
-        found = [extension for extension in PICTURES if extension in self.parts]
+        found = [extension for extension in IMAGE_EXTENSIONS if extension in self.parts]
         if len(found) != 1:
-            raise SkipItem(f"has {len(found)} images ({', '.join(PICTURES[:4])}, ...); one is needed")
-        return stored_picture(self.parts[found[0]], f"{self.key}.{found[0]}")
+            raise SkipItem(f"has {len(found)} images ({', '.join(IMAGE_EXTENSIONS[:4])}, ...); one is needed")
+        return stored_image(self.parts[found[0]], f"{self.key}.{found[0]}")
 
     def record(self) -> dict[str, Any]:
         """The object in `.json`; empty without that member.

@@ -72,7 +72,7 @@ def shards(source: SourceFolder) -> list[str]:
             raise UserError(f"{source.root / name}: a compressed shard; decompress it, or move it away")
         if suffix == "tar":
             found.add(name)
-        elif suffix in tar_shards.PICTURES and re.fullmatch(r"\d{5,}", os.path.basename(folder)):
+        elif suffix in tar_shards.IMAGE_EXTENSIONS and re.fullmatch(r"\d{5,}", os.path.basename(folder)):
             found.add(folder)
     if not found:
         raise UserError(f"{source.root}: contains no .tar file; give the folder of the shards")
@@ -114,14 +114,14 @@ def _example(
     name: str, sample: Sample, record: Mapping[str, Any], meta: Mapping[str, Any], config: str
 ) -> Example:
     if config != "conversation":
-        return pair(name, sample.picture(), tar_shards.caption(sample, record), meta, config)
+        return pair(name, sample.image(), tar_shards.caption(sample, record), meta, config)
     # The image is a member, whatever its name in the record.
-    has_image = any(extension in sample.parts for extension in tar_shards.PICTURES)
+    has_image = any(extension in sample.parts for extension in tar_shards.IMAGE_EXTENSIONS)
     kept = {key: value for key, value in record.items() if key not in ("image", "images")}
     kept |= {"image": "member"} if has_image else {}
 
     def image(_: ImageRef | str) -> ImageRef:
-        return sample.picture()
+        return sample.image()
 
     example = instruction_lists.dialogue(name, kept, image)
     questions = instruction_lists.questions_of(example)

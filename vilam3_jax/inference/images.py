@@ -171,7 +171,7 @@ def _file_to_read(path: epath.Path, series: str | None) -> tuple[epath.Path, boo
     found, _ = dicom.survey(path)
     if not is_folder:
         return path, found[0].kind == "volume"
-    members = [member for one in found if one.kind in ("picture", "cine") for member in one.members]
+    members = [member for one in found if one.kind in ("image", "cine") for member in one.members]
     images = list(dict.fromkeys(as_path(member.path) for member in members))
     if any(one.kind == "volume" for one in found) or not images:
         return path, True  # the volume reader reports the other files of the folder

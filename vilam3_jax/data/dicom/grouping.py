@@ -31,7 +31,7 @@ from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime.paths import PathLike
 
-VOLUME, IMAGE, CINE, NO_IMAGE = "volume", "picture", "cine", "not an image"
+VOLUME, IMAGE, CINE, NO_IMAGE = "volume", "image", "cine", "not an image"
 
 _CLEARLY_LARGER = 2  # times the size of the next group
 _SPACING_TOLERANCE = 5e-3  # relative: 0.49 is 0.488281 rounded
@@ -65,7 +65,7 @@ class Series:
       study: short form of the StudyInstanceUID.
       modality: DICOM's code (CT, MR, PT, NM, ...), or "unknown".
       body_part: as the files state it, upper case, or "unknown".
-      kind: "volume" (slices with positions, see `problem`), "picture", "cine" or "not an image".
+      kind: "volume" (slices with positions, see `problem`), "image", "cine" or "not an image".
       rows, columns: size of a slice in pixels.
       slices: number of slices of the volume, frames of a cine, or images.
       spacing: millimetres between columns, rows and slices; None unless `kind` is "volume".

@@ -66,7 +66,7 @@ _MAX_KNOWN_LAYOUTS = 1000
 _FRAME_FIELDS = tuple(field.name for field in dataclasses.fields(Frame) if field.name != "path")
 
 # How a run uses a series or a file.
-AS_VOLUME, AS_IMAGES, UNDECIDED, NOT_USED = "volume", "pictures", "undecided", "no"
+AS_VOLUME, AS_IMAGES, UNDECIDED, NOT_USED = "volume", "images", "undecided", "no"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class SeriesRecord:
       id: accepted by `load_volume(series=...)`.
       study: hash of the StudyInstanceUID.
       modality, body_part: redacted codes.
-      kind: "volume", "picture", "cine" or "not an image".
+      kind: "volume", "image", "cine" or "not an image".
       use: AS_VOLUME, AS_IMAGES, UNDECIDED or NOT_USED.
       files: indices of its files.
       columns, rows, slices: as in `Series`.

@@ -50,7 +50,7 @@ def to_json(scanned: ScanResult, seconds: float) -> dict[str, Any]:
             "series": len({one.id.partition("/")[0] for one in series}),
             "usable_volumes": sum(row["use"] == AS_VOLUME for row in series_rows + volume_rows),
             "undecided_volumes": sum(one.use == UNDECIDED for one in series),
-            "usable_pictures": sum(one.slices for one in series if one.use == AS_IMAGES)
+            "usable_images": sum(one.slices for one in series if one.use == AS_IMAGES)
             + sum(record.problem is None for record in images),
             "used_files": len(files) - len(skipped) - len(other),
             "skipped_files": len(skipped),
@@ -59,7 +59,7 @@ def to_json(scanned: ScanResult, seconds: float) -> dict[str, Any]:
         },
         "series": series_rows,
         "volumes": volume_rows,
-        "pictures": _images_json(images),
+        "images": _images_json(images),
         "problems": [
             {"reason": reason, **numbers}
             for reason, numbers in sorted(problems, key=lambda item: -sum(map(len, item[1].values())))
@@ -168,7 +168,7 @@ def to_text(result: dict[str, Any]) -> str:
         f"  DICOM      {_count(summary['dicom_files'], 'file')}, {_count(summary['studies'], 'study')}, "
         f"{summary['series']:,} series",
         f"  usable     {_count(summary['usable_volumes'], 'volume')} and "
-        f"{_count(summary['usable_pictures'], 'image')} from {_count(summary['used_files'], 'file')}",
+        f"{_count(summary['usable_images'], 'image')} from {_count(summary['used_files'], 'file')}",
         f"  skipped    {_count(summary['skipped_files'], 'file')}",
         f"  other      {_count(summary['other_files'], 'file')} of unsupported kinds",
     ]
@@ -181,7 +181,7 @@ def to_text(result: dict[str, Any]) -> str:
     notes = _by_text(result["series"], result["volumes"], lambda row: row["notes"])
     lines += _table("DICOM series", _SERIES_HEADS, [_cells(row, problems) for row in result["series"]])
     lines += _table("Volume files", _VOLUME_HEADS, [_cells(row, problems) for row in result["volumes"]])
-    lines += _table("Image files", _IMAGE_HEADS, [_image_cells(row) for row in result["pictures"]])
+    lines += _table("Image files", _IMAGE_HEADS, [_image_cells(row) for row in result["images"]])
     lines += _listed(
         "Problems", [f"({problems[e['reason']]}) {e['reason']}: {_where(e)}" for e in result["problems"]]
     )
@@ -283,7 +283,7 @@ def _next_commands(result: dict[str, Any]) -> list[str]:
     series = [one for one in result["series"] if one["use"] == AS_VOLUME]
     series = [one for one in series if not one["localizer"]] or series
     volume_files = any(one["use"] == AS_VOLUME for one in result["volumes"])
-    images = any(one["usable"] for one in result["pictures"])
+    images = any(one["usable"] for one in result["images"])
     dicom_images = any(one["use"] == AS_IMAGES for one in result["series"])
     lines = []
     if series:
@@ -317,7 +317,7 @@ def to_paths(scanned: ScanResult, folder: str) -> dict[str, Any]:
         "folder": folder,
         "series": {one.id: [scanned.paths[index] for index in one.files] for one in scanned.series},
         "volumes": {str(number): scanned.paths[record.index] for number, record in enumerate(volumes, 1)},
-        "pictures": [scanned.paths[record.index] for record in scanned.files if record.reader == "image"],
+        "images": [scanned.paths[record.index] for record in scanned.files if record.reader == "image"],
         "skipped": by_reason,
         "other_files": by_kind,
     }

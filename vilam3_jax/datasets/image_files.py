@@ -16,7 +16,7 @@ from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
-MAX_PICTURE_BYTES = 64 << 20
+MAX_IMAGE_BYTES = 64 << 20
 _KIND_BYTES = 1 << 16
 _OPEN_ARCHIVES = 4
 # Errors of zipfile for members that are damaged, encrypted or compressed by an unknown method.
@@ -24,7 +24,7 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplem
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class ImageFiles:
     """Location of a source's images. Picklable.
 
     Attributes:
@@ -52,10 +52,10 @@ class Pictures:
                 return checked(context.image(path), name)
         if self.archive is None:
             raise SkipItem(f"image {name} is missing")
-        return stored_picture(_member(context, self.archive, name), name)
+        return stored_image(_member(context, self.archive, name), name)
 
 
-def find_pictures(source: SourceFolder, folders: Sequence[str], archives: Sequence[str]) -> Pictures:
+def find_image_files(source: SourceFolder, folders: Sequence[str], archives: Sequence[str]) -> ImageFiles:
     """Finds the images: the first existing one of `folders` and of `archives`.
 
     Raises:
@@ -67,10 +67,10 @@ def find_pictures(source: SourceFolder, folders: Sequence[str], archives: Sequen
     if archive is not None:
         _open_archive.cache_clear()  # the archive may have been replaced
         _open_archive(str(source.root), archive)
-    return Pictures(folder, archive)
+    return ImageFiles(folder, archive)
 
 
-def stored_picture(data: bytes, name: str) -> ImageRef:
+def stored_image(data: bytes, name: str) -> ImageRef:
     """An image stored in the record.
 
     Raises:
@@ -92,7 +92,7 @@ def checked(image: ImageRef, name: str) -> ImageRef:
     return image
 
 
-def picture_or_dicom(context: Context, path: str) -> ImageRef:
+def image_or_dicom(context: Context, path: str) -> ImageRef:
     """An image from `Context.image`; a DICOM file as a path, so that the loader applies its window.
 
     Raises:
@@ -122,17 +122,17 @@ def _member(context: Context, archive: str, name: str) -> bytes:
             info = opened.getinfo(member)
         except KeyError:
             continue
-        if not 0 < info.file_size <= MAX_PICTURE_BYTES:
-            raise SkipItem(f"image {name} has {info.file_size} bytes; up to {MAX_PICTURE_BYTES} are read")
+        if not 0 < info.file_size <= MAX_IMAGE_BYTES:
+            raise SkipItem(f"image {name} has {info.file_size} bytes; up to {MAX_IMAGE_BYTES} are read")
         try:
             with opened.open(info) as file:
-                data = file.read(MAX_PICTURE_BYTES + 1)
+                data = file.read(MAX_IMAGE_BYTES + 1)
         except _ZIP_ERRORS as error:
             raise SkipItem(f"image {name} in {archive} is damaged ({type(error).__name__})") from error
         except OSError as error:
             paths.check_passing(path, error)
             raise SkipItem(f"image {name} in {archive} cannot be read") from error
-        if len(data) > MAX_PICTURE_BYTES:
+        if len(data) > MAX_IMAGE_BYTES:
             raise SkipItem(f"image {name} is larger than its archive states")
         return data
     raise SkipItem(f"image {name} is not in {archive}")

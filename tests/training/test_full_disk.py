@@ -11,6 +11,9 @@ PROGRAM = """
     import jax
     from vilam3_jax.checkpoints import exports, run_checkpoints
     from vilam3_jax.errors import UserError
+    from vilam3_jax.runtime import logs
+
+    logs.configure()  # as every command does
 
     workdir = sys.argv[1]
     saved = run_checkpoints.RunCheckpoints(workdir)

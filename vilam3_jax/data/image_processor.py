@@ -114,7 +114,7 @@ class ImageProcessor:
 
         Args:
           turns: with one `<image>` per image.
-          grids: of the images, in order.
+          grids: grids of the images, in order.
 
         Raises:
           ValueError: the numbers of markers and images differ.
@@ -142,7 +142,7 @@ class ImageProcessor:
         """Reorders the tokens of tiles to the row-major order of the whole image ('dynamic_s2').
 
         Args:
-          encoded: of turns from `expand`.
+          encoded: encoding of turns from `expand`.
           grids: as there.
           tokens_per_input: T, a square number; the tokens of an input are in row-major order.
 

@@ -12,10 +12,10 @@ class Limits:
     Attributes:
       file_bytes: size of a file; for a series, the sum over its files.
       decoded_bytes: pixels or voxels of one input after decompression.
-      pixels: of one image or DICOM frame.
-      voxels: of one volume.
-      frames: of one multi-frame file or multi-page image.
-      files: in one folder, including subfolders.
+      pixels: pixels of one image or DICOM frame.
+      voxels: voxels of one volume.
+      frames: frames of one multi-frame file or multi-page image.
+      files: files in one folder, including subfolders.
       nesting: depth of DICOM sequences.
     """
 

@@ -262,7 +262,7 @@ def build_loader(
       make_format: batch format of the task.
       split: 'train' is endless; any other split is one pass in a fixed order, and its last batch is padded
         with empty rows.
-      seed: of the run.
+      seed: seed of the run.
       swap_images: replace the images of every sample by those of another patient if possible.
       experts: 'on', 'off', 'falsified' or 'mixed'; None takes `data.experts`.
       local_units: units of the global batch on the devices of this process; None yields all. Only the loader

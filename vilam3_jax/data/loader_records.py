@@ -79,7 +79,7 @@ class RecordLoader:
         Args:
           address: (number of the dataset, record in it).
           position: in the order of samples.
-          index: of the sample in its loader shard.
+          index: index of the sample in its loader shard.
 
         Raises:
           UnavailableError: the data cannot be read now.

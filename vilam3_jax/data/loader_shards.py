@@ -67,7 +67,7 @@ class Turns:
     turns. So a process runs only the shards of its part of the batch.
 
     Attributes:
-      units: of the global batch.
+      units: number of units in the global batch.
       shards: S.
       local_units: numbers of the units that this process yields, in ascending order.
     """
@@ -193,8 +193,8 @@ class Shards(grain.IterDataset[dict[str, Any]]):
         """Stores the arguments, which are pickled for worker processes.
 
         Args:
-          records, batch_format: of the run.
-          turns: of the whole process.
+          records, batch_format: those of the run.
+          turns: turns of the whole process.
           own: the shards to run, some of `turns.own_shards`.
           starts: shard of the process → where it continues.
           threads: number of threads that read images.

@@ -30,10 +30,10 @@ class Row:
     """One dataset of a mixture.
 
     Attributes:
-      name: of the dataset, with its rule.
-      records: in its training split, that the rule fits.
-      epochs: in a pass, the weight.
-      samples: in a pass.
+      name: name of the dataset, with its rule.
+      records: records of its training split that the rule applies to.
+      epochs: its weight, in epochs per pass.
+      samples: samples per pass.
       measured: number of samples that were measured.
       unusable: number of records that were tried and could not be used.
       tokens, images: estimated averages per sample; NaN without a usable record.
@@ -57,7 +57,7 @@ def rows_of(loader: Loader, tried: int) -> list[Row]:
     """Measures each dataset on evenly spaced records.
 
     Args:
-      loader: of the training split.
+      loader: loader of the training split.
       tried: maximum records of each dataset.
     """
     rows = []

@@ -49,14 +49,14 @@ class Sample:
     """A sample to pack.
 
     Attributes:
-      id: of the example.
+      id: id of the example.
       index: in the order of the loader shard.
       encoded: its tokens.
       read_images: reads `num_images` inputs of the vision tower, uint8 [S, S, 3], in the order of their
         markers; called once, when the sample is packed.
       tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`; None if tiles are not merged.
       source: number of the dataset.
-      image_paths: of images that are files, relative to the data root of the dataset.
+      image_paths: paths of images that are files, relative to the data root of the dataset.
       experts: names of the experts whose results it shows.
       missing: names of the experts without an annotation.
     """

@@ -32,9 +32,9 @@ class Preprocessing:
     Attributes:
       ct_windows: (centre, width) in HU: one is shown as grey, three as red, green and blue; see
         `intensity.CT_WINDOWS` for presets.
-      percentiles: of the whole volume, black and white of every volume other than CT.
+      percentiles: percentiles of the whole volume that are shown as black and white, except for CT.
       alpha: handling of transparency, see `images.decode_image`.
-      orientation: of the volume before slicing; only RAS is implemented.
+      orientation: orientation of the volume before slicing; only RAS is implemented.
       plane: default plane at inference: axial, coronal or sagittal.
       slice: default slice in that plane; only "middle" is implemented.
       modalities: DICOM codes of the training data; empty: not stated, no check.
@@ -119,7 +119,7 @@ class Preprocessing:
         """Caveats about the input for the reader of an answer; empty if it resembles the training data.
 
         Args:
-          modality: of the image, as stated, or "unknown".
+          modality: modality of the image, as stated, or "unknown".
           volume: the scan, if the image is one of its slices.
           window: the window chosen by the caller, if any.
         """

@@ -30,10 +30,9 @@ class SampleReader:
     """Reads, renders and encodes records of one run; thread-safe.
 
     Attributes:
-      samples, renderer, batch_format: of the run.
-      tokenizer, template: of the model.
+      samples, renderer, batch_format, tokenizer, template: those of the run.
       donors: address → record whose images replace its own.
-      augment_seed: of image augmentation; None for none.
+      augment_seed: seed of image augmentation; None for none.
     """
 
     samples: stream.SampleStream
@@ -51,8 +50,8 @@ class SampleReader:
         """A sample whose images are read later.
 
         Args:
-          address: of its record.
-          position: in the order of samples; seeds random choices.
+          address: address of its record.
+          position: position in the order of samples; seeds random choices.
 
         Raises:
           UserError: the record cannot be used; names the example.

@@ -51,7 +51,7 @@ def open_sources(
         dataset at `path`.
       split: 'train' must be in all datasets; any other split in at least one, the rest are left out.
       dialogues: setting of the dialogues of rules.
-      seed: of the dialogues.
+      seed: seed of the dialogues.
 
     Returns:
       (source, weight), in the order of the mixture. A rule's source leaves out the records that the rule does
@@ -180,7 +180,7 @@ class SampleStream:
 
         Args:
           sources: datasets and weights.
-          seed: of the shuffles.
+          seed: seed of the shuffles.
           endless: True for the training order. False yields every record once, in an order that does not
             depend on the seed.
 

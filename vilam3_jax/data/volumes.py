@@ -49,7 +49,7 @@ class Volume:
       modality: the DICOM code (CT, MR, PT, NM, ...) stated by the file or the caller, or "unknown". Never
         derived from voxel values.
       body_part: as in the file, upper case, or "unknown".
-      units: of the voxels, such as "HU" or "SUVbw", or "unknown".
+      units: units of the voxels, such as "HU" or "SUVbw", or "unknown".
       window: the file's display window (centre, width) in `units`, or None.
       stored_orientation: axis codes of the index order in the file, such as "LPS".
       notes: sentences on what was assumed, repaired or skipped, without patient data.

@@ -34,9 +34,9 @@ Rope = tuple[jax.Array, jax.Array]  # cosines and sines, see `rope_tables`
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-# Weights are split over `fsdp` on one dimension and over `tensor` on the other; vectors are replicated. The
-# stacked layer axis leads and is never split. Further specs of a row are fallbacks, tried in order when a
-# dimension is not divisible: VILA's vocabularies are odd (128,257).
+# Matrices are sharded over `fsdp` in one dimension and over `tensor` in the other; vectors are replicated,
+# and the leading, stacked layer axis is never sharded. Further specs of a row are fallbacks for dimensions
+# that are not divisible, such as VILA's vocabulary of 128,257.
 PARAMETER_RULES = (
     (r"embed/embedding", ("tensor", "fsdp"), (None, ("fsdp", "tensor"))),
     (r"lm_head/kernel", ("fsdp", "tensor"), (("fsdp", "tensor"), None)),
@@ -216,8 +216,8 @@ class GroupedQueryAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         v = shard(self.v(x), "batch", "length", "kv_heads", None)
-        attended, carried = attend(*(checkpoint_name(y, "qkv") for y in (q, k, v)))
-        return self.o(shard(attended, "batch", "length", "heads", None)), carried
+        attended, new_cache = attend(*(checkpoint_name(y, "qkv") for y in (q, k, v)))
+        return self.o(shard(attended, "batch", "length", "heads", None)), new_cache
 
 
 class GatedMLP(nnx.Module):
@@ -322,7 +322,7 @@ class Decoder(nnx.Module):
     def forward_cached(
         self, embeds: jax.Array, positions: jax.Array, cache: Cache, write_at: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """Continues rows whose earlier tokens are cached: whole prefill, chunked prefill and single steps.
+        """Runs tokens against the KV cache: full prefill, chunked prefill or single-token decoding.
 
         Token i of row b is written to slot `write_at[b] + i` and attends to slots up to it. A chunk shorter
         than Q is padded on the right: advance `write_at` by its true length, and the next call overwrites the
@@ -342,7 +342,7 @@ class Decoder(nnx.Module):
         slots = write_at[:, None] + jnp.arange(embeds.shape[1])[None]
         rows = jnp.arange(embeds.shape[0])[:, None]
 
-        # The cache is carried, not scanned over, so that each layer writes in place.
+        # The cache is a carry of the scan, not scanned over, so that each layer writes in place.
         def body(carry: tuple[jax.Array, Cache], layer: Any, kind: LayerKind) -> tuple[jax.Array, Cache]:
             x, cache = carry
             params, index = layer

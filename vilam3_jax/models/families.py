@@ -35,7 +35,7 @@ class HuggingFaceLayout:
       read_config: (content of config.json, its path, tensor name → shape) → the family's section.
       write_config: (section, dtype of the weights) → config.json, which `read_config` reads back.
       tensors: section → rules of all parameters; paths start with the component.
-      unused: tensor names → name → reason, for tensors that are not read.
+      unused: names of a checkpoint's tensors → {name of a tensor that is not read: reason}.
       preprocessor: section → preprocessor_config.json; None for a language model.
       rename: tensor names of a folder → the names in `tensors`.
       prefix: prefix of exported tensor names.
@@ -57,11 +57,11 @@ class ModelFamily:
 
     Attributes:
       name: `type` of its section.
-      component: 'llm' or 'vision_tower', the first name of its parameter paths.
+      component: 'llm' or 'vision_tower': the model's attribute, and the first element of its parameter paths.
       config: class of its section.
       module: class of the model: `module(config, rngs=, dtype=, param_dtype=, remat=)`.
       patches: for a tower: config → positions in its blocks, class token included.
-      attention_windows: for a language model: config → window of every layer, None for full attention.
+      attention_windows: for an LLM: config → window of every layer, None for full attention.
     """
 
     name: str
@@ -84,7 +84,7 @@ def register(family: ModelFamily) -> ModelFamily:
 
 
 def get(component: str, name: str) -> ModelFamily:
-    """The family that a section's `type` names; raises UserError with the known names if there is none."""
+    """Returns the family that a section's `type` names; raises UserError with the known names if none."""
     _load(name)
     if (component, name) not in _registry:
         raise UserError(f"model.{component}.type={name!r} is unknown; choose from {names(component)}")

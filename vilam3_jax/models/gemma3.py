@@ -64,7 +64,7 @@ class Gemma3Config(DecoderConfig):
     query_scale: int = setting(default=256, at_least=1)
 
     def validate(self) -> None:
-        """Fills in and checks the types of the layers."""
+        """Fills in the default `layer_types` and validates them."""
         super().validate()
         if not self.layer_types:
             object.__setattr__(self, "layer_types", _layer_types(self.num_layers, _PERIOD))
@@ -81,7 +81,7 @@ class Gemma3Config(DecoderConfig):
 
 
 class Gemma3RMSNorm(RMSNorm):
-    """Root-mean-square norm whose stored scale is its difference from 1; computed in float32."""
+    """RMSNorm that multiplies by (1 + scale); computed in float32."""
 
     def __init__(self, width: int, *, eps: float, **init: Unpack[StackInit]):
         super().__init__(width, eps=eps, **init)
@@ -117,14 +117,14 @@ class Gemma3Layer(nnx.Module):
         self.mlp = GatedMLP(cfg, linear, _gelu)
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
-        attended, carried = self.attn(self.attn_norm(x), rope, attend)
+        attended, new_cache = self.attn(self.attn_norm(x), rope, attend)
         x = shard(x + self.post_attn_norm(attended), "batch", "length", "embed")
         output = self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
-        return shard(x + output, "batch", "length", "embed"), carried
+        return shard(x + output, "batch", "length", "embed"), new_cache
 
 
 class Gemma3(Decoder):
-    """See the module."""
+    """Gemma 3 text decoder; see the module docstring."""
 
     def __init__(self, cfg: Gemma3Config, **kwargs: Any):
         super().__init__(
@@ -146,7 +146,7 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     """Translates the config.json of a Gemma 3 text model into a section.
 
     Raises:
-      UserError: a key is missing, or asks for what this family does not do.
+      UserError: a key is missing, or requests an unsupported feature.
     """
     if values.get("model_type") == "gemma3":
         raise UserError(

@@ -1,4 +1,4 @@
-"""Llama, and by config Qwen2 and Qwen3: the language models of VILA-1.5, VILA-M3 and NVILA.
+"""Llama, with Qwen2 and Qwen3 as variants of its config: the LLMs of VILA-1.5, VILA-M3 and NVILA.
 
 Layouts are those of Hugging Face's LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM.
 """
@@ -70,13 +70,13 @@ class LlamaLayer(nnx.Module):
         self.mlp = GatedMLP(cfg, linear)
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
-        attended, carried = self.attn(self.attn_norm(x), rope, attend)
+        attended, new_cache = self.attn(self.attn_norm(x), rope, attend)
         x = shard(x + attended, "batch", "length", "embed")
-        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed"), carried
+        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", "embed"), new_cache
 
 
 class Llama(Decoder):
-    """See the module."""
+    """Llama decoder; see the module docstring."""
 
     def __init__(self, cfg: LlamaConfig, *, window: int | None = None, **kwargs: Any):
         frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
@@ -88,7 +88,7 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     """Translates the config.json of a Llama, Qwen2 or Qwen3 into a section.
 
     Raises:
-      UserError: a key is missing, or asks for what this family does not do.
+      UserError: a key is missing, or requests an unsupported feature.
     """
     family = values.get("model_type") or "llama"
     supported: dict[str, tuple[Any, ...]] = {

@@ -28,7 +28,7 @@ class MistralConfig(llama.LlamaConfig):
 
 
 class Mistral(llama.Llama):
-    """See the module."""
+    """Mistral decoder; see the module docstring."""
 
     def __init__(self, cfg: MistralConfig, **kwargs: Any):
         super().__init__(cfg, window=cfg.sliding_window or None, **kwargs)
@@ -38,7 +38,7 @@ def read_config(values: Mapping[str, Any], where: Path, shapes: Mapping[str, Any
     """Translates the config.json of a Mistral into a section.
 
     Raises:
-      UserError: a key is missing, or asks for what this family does not do.
+      UserError: a key is missing, or requests an unsupported feature.
     """
     supported = {"hidden_act": ("silu",), "layer_types": (None,), "partial_rotary_factor": (1.0, None)}
     refuse(values, where, supported)

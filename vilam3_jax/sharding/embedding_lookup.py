@@ -15,10 +15,10 @@ from vilam3_jax.sharding.weights import as_weight
 def lookup(ids: jax.Array, table: Any, dtype: Any) -> jax.Array:
     """`table[ids]` as `dtype`; gradients of repeated ids add up in the type of the table.
 
-    In a sharded step a device looks up the ids of all devices that share its columns of the table, and an
-    all-to-all sends the columns to the rows that they belong to. No device holds the whole table or gradient,
-    except that XLA gathers them over mesh axes that split the batch but not the table. XLA also partitions
-    the lookup if the columns of the table are split over axes other than the batch's.
+    In a sharded step, each device looks up in its shard of the columns the ids of all devices along the axes
+    that shard the columns. An all-to-all then returns full-width rows to their owners. The table and its
+    gradient stay sharded, except over mesh axes that shard the batch but not the table. If the columns are
+    sharded over other axes than the batch, or the rows over axes of the batch, XLA partitions the lookup.
 
     Args:
       ids: int [batch, length].

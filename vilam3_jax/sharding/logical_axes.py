@@ -1,7 +1,7 @@
 """Logical axes of activations, and the mesh axes that carry them.
 
-Models name the axes of activations (`batch`, `length`, `mlp` ...); a run's table maps them to mesh axes.
-Outside `activation_rules` the helpers do nothing, so that models run unsharded in tests and notebooks.
+Models name the axes of activations (`batch`, `length`, `mlp` ...); `config.activation_rules` maps them to
+mesh axes. Outside `activation_rules` the helpers do nothing, so models run unsharded in tests and notebooks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vilam3_jax.errors import UserError
 
 MeshAxes = str | tuple[str, ...] | None
 
-# The inner part of `fsdp` on a three-dimensional torus. XLA replaces a reduce-scatter over all
-# three by an all-reduce (twice the bytes), but supports one over a plane and one over the line across it.
+# The part of `fsdp` along the third axis of a torus. XLA lowers a reduce-scatter over three torus axes to an
+# all-reduce (twice the bytes), but has a reduce-scatter for a plane and one for a line.
 FSDP_LINE = "fsdp_line"
 
 # Default table: logical axis → mesh axes, or the logical axis whose rule it shares.
@@ -90,7 +90,7 @@ def activation_rules(mesh: Mesh, rules: Mapping[str, MeshAxes]) -> Iterator[None
     """Makes `shard` place activations on `mesh` while a step is traced.
 
     Args:
-      mesh: devices of the step, of this host or of a topology that is only compiled for.
+      mesh: mesh of the step; real devices or an ahead-of-time topology.
       rules: logical axis → mesh axes, None or "" for none, or another logical axis whose rule applies.
     """
     resolved = {
@@ -131,7 +131,7 @@ def tower_rules() -> Iterator[None]:
 
 @contextlib.contextmanager
 def batch_over_length() -> Iterator[None]:
-    """`whole_sequences` in which devices that share a row take different parts of the batch."""
+    """Like `whole_sequences`, but shards the batch over the axes of `length` as well."""
     rules = context.rules if (context := _context.get()) else {"batch": None, "length": None}
     with whole_sequences(batch=as_tuple(rules["batch"]) + as_tuple(rules["length"])):
         yield

@@ -46,10 +46,10 @@ def linear(
 ) -> jax.Array:
     """`x @ weight` in the type of `x`, over one or two trailing axes such as (heads, head dim).
 
-    In a sharded step every device multiplies its own rows. A weight that is stored split over the axes of the
-    batch (ZeRO-3, FSDP) is gathered here, once per use and in the type of the product; its gradient is
-    reduce-scattered. A weight whose rows are split over other axes (`tensor`) needs an `x` split alike, and
-    the products are summed.
+    In a sharded step every device multiplies its own rows. A weight that is sharded over the axes of
+    the batch (ZeRO-3, FSDP) is gathered here, once per use and in the dtype of the matmul; its gradient is
+    reduce-scattered. A weight whose rows are sharded over other axes (`tensor`) requires `x` to be sharded
+    the same way, and partial results are summed.
 
     Args:
       x: [batch, *in_features] or [batch, length, *in_features].
@@ -99,8 +99,8 @@ def linear(
 
     def local(x: jax.Array, kernel: Any) -> jax.Array:
         arrays, structure = jax.tree.flatten(kernel.astype(x.dtype))
-        # Before the gathers: gradients are then scattered first, and only the remaining part is summed over
-        # other axes.
+        # Before the gathers, so that the backward pass scatters gradients first and sums only the remaining
+        # shard over other axes.
         x, *arrays = compat.equally_varying(x, *arrays)
         kernel = jax.tree.unflatten(structure, map(gathered, arrays, splits))
         y = product(x, kernel)
@@ -122,8 +122,8 @@ def linear(
 def _thin_slices(array: jax.Array, dimension: int, width: int) -> jax.Array:
     """`array`, with a gradient that a TPU can scatter in slices of `width` along `dimension`.
 
-    XLA all-reduces a gradient (twice the bytes) if its slices along the minor dimension are narrower than the
-    128 lanes, as they would be for products with heads.
+    XLA falls back to an all-reduce (twice the bytes) if the shards of the minor dimension are narrower than
+    128 lanes, as they would be for kernels with a head dimension.
     """
     return _other_dimension_last(array, dimension) if width < LANES else array
 

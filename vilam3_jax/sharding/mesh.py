@@ -102,7 +102,7 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def _line(fsdp: int, devices: Sequence[Any]) -> int:
-    """How many devices of `fsdp` form the line across the plane (`logical_axes.FSDP_LINE`); 1: no line."""
+    """Returns the size of the axis `logical_axes.FSDP_LINE`, which is part of `fsdp`; 1 if it is not used."""
     if devices[0].platform != "tpu":
         return 1
     torus = sorted(len(set(places)) for places in zip(*(device.coords for device in devices), strict=True))
@@ -116,7 +116,7 @@ def parameter_shardings(
     """Returns path → sharding of each parameter.
 
     A row is (regex, mesh axes per dimension, fallbacks ...); missing trailing dimensions are replicated. The
-    first spec of a row that divides the parameter applies; specs over `fsdp` are also tried without
+    first spec that divides the parameter evenly is used; specs over `fsdp` are also tried without
     `logical_axes.FSDP_LINE`.
 
     Args:

@@ -1,6 +1,7 @@
 """Tables of (regular expression → setting) over parameter paths, for freezing, learning rates and sharding.
 
-Every parameter must match a row and every row a parameter, so that renamed parameters are noticed.
+Every parameter must match a row, and every row a parameter (except optional ones of a model's own rules), so
+renaming a parameter is an error and not a silent change of its setting.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrices in a sharded step: an array with its sharding and its product.
+"""Matrices in a sharded step: an array with its sharding and its einsum.
 
 `annotate` wraps the matrices of a model once per step. A `Weight` is a pytree and passes through `jit`,
 `scan` and `nnx.merge` like the array that it wraps, so layers need not know their path in the model.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_items import to_instruction
 
 from vilam3_jax.data.examples import (
     Example,
@@ -18,7 +19,6 @@ from vilam3_jax.data.examples import (
     RequestImage,
     Turn,
     from_instruction,
-    to_instruction,
 )
 from vilam3_jax.errors import UserError
 

@@ -8,6 +8,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_items import to_instruction
 
 from vilam3_jax.data.examples import (
     Example,
@@ -16,7 +17,6 @@ from vilam3_jax.data.examples import (
     RequestImage,
     Turn,
     from_instruction,
-    to_instruction,
 )
 from vilam3_jax.data.text_rules import normalise_markers
 from vilam3_jax.errors import UserError

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import picture, write
 
-from vilam3_jax.data.examples import Example, ImageRef, Turn, to_instruction
+from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.datasets import instruction_lists, prepare
 from vilam3_jax.datasets.dataset import examples_of
@@ -300,7 +300,24 @@ def test_our_own_export_comes_back(tmp_path):
         ),
         meta={"region": "chest"},
     )
-    item, _ = to_instruction(one)
+    item = {
+        "id": "mine",
+        "image": "im/0.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": "This."},
+            {"from": "human", "value": "Why?"},
+            {"from": "gpt", "value": "So."},
+        ],
+        "vilam3": {
+            "format": "conversation",
+            "roles": ["user", "assistant", "user", "assistant"],
+            "supervised": [False, True, False, False],
+            "slices": [None],
+            "experts": [],
+            "meta": {"region": "chest"},
+        },
+    }
     examples, skipped = built(tmp_path, [json.loads(json.dumps(item))], "--heldout", "0")
     assert not reasons(skipped)
     back = everything(examples)["mine"]

@@ -1,4 +1,4 @@
-"""`Example`, the record of a dataset, and its conversion from and to VILA's instruction JSON.
+"""`Example`, the record of a dataset, and its conversion from VILA's instruction JSON.
 
 An example contains no tokens, templates, expert results or overlays. `data/render.py` adds them at load time,
 so changing experts does not require rebuilding a dataset.
@@ -21,7 +21,6 @@ FORMATS = ("pair", "caption", "document", "conversation", "study")
 ROLES = ("system", "user", "assistant", "expert")
 POLICIES = ("always", "optional")
 
-_FROM_ROLE = {"user": "human", "assistant": "gpt", "system": "system", "expert": "human"}
 _TO_ROLE = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system")}
 _EXTENSION_KEY = "vilam3"  # ignored by VILA's own loader
 _DIALOGUE_KEYS = ("conversations", "messages")
@@ -121,14 +120,8 @@ class ExpertRequest:
 
     @classmethod
     def of(cls, expert: str, args: str, images: Any, *rest: Any) -> ExpertRequest:
-        """Inverse of `plain_values`."""
+        """A request from JSON values: `images` is a list of [image, role]."""
         return cls(expert, args, tuple(RequestImage(*image) for image in images), *rest)
-
-    def plain_values(self) -> list[Any]:
-        """Returns JSON values."""
-        images = [[image.image, image.role] for image in self.images]
-        words = [self.question, self.call] if self.question or self.call else []
-        return [self.expert, self.args, images, self.before_turn, self.policy, *words]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,38 +403,3 @@ def _normalized_by_vila(turns: list[tuple[str, str]], has_images: bool) -> list[
             turns = [*turns]
             turns[first] = ("user", f"{IMAGE_MARKER}\n{turns[first][1]}")
     return turns
-
-
-def to_instruction(example: Example) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Returns a VILA instruction item, and the image files to write (relative path -> bytes).
-
-    `from_instruction` restores the example, with paths in place of bytes.
-    """
-    files: dict[str, bytes] = {}
-    paths = []
-    for index, image in enumerate(example.images):
-        path = image.path
-        if path is None:
-            assert image.data is not None
-            stem = re.sub(r"[^A-Za-z0-9_-]", lambda match: f"%{ord(match[0]):x}.", example.id)
-            suffixes = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg"}
-            suffix = next((suffixes[start] for start in suffixes if image.data.startswith(start)), ".img")
-            path = f"images/{stem}_{index}{suffix}"
-            files[path] = image.data
-        paths.append(path)
-    item: dict[str, Any] = {"id": example.id}
-    if paths:
-        item |= {"image": paths[0]} if len(paths) == 1 else {"images": paths}
-    item["conversations"] = [{"from": _FROM_ROLE[turn.role], "value": turn.text} for turn in example.turns]
-    item[_EXTENSION_KEY] = {
-        "format": example.format,
-        "roles": [turn.role for turn in example.turns],
-        "supervised": [turn.supervised for turn in example.turns],
-        "slices": [
-            None if i.axis is None and i.window is None else [i.axis, i.index, i.window, i.modality]
-            for i in example.images
-        ],
-        "experts": [request.plain_values() for request in example.expert_requests],
-        "meta": example.meta,
-    }
-    return item, files

@@ -21,7 +21,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import SegResNet
 from monai.transforms import NormalizeIntensity
 from vilam3_experts.brats.bundle import Settings
-from vilam3_experts.brats.expert import Segmenter, label_map
+from vilam3_experts.brats.expert import Brats, label_map
 from vilam3_experts.sequences import ROLES
 
 from vilam3_jax.data.volumes import Volume
@@ -57,7 +57,7 @@ def measure(way: str) -> None:
             regions = SlidingWindowInferer((240, 240, 160), overlap=0.5)(image[None], network)[0].sigmoid()
         label_map(dict(zip(Settings().regions, regions.numpy(), strict=True)))
     else:
-        label_map(Segmenter(network, Settings()).probabilities(scans)[0])
+        label_map(Brats(network, Settings()).probabilities(scans)[0])
     print(f"{time.process_time() - start:.1f} {peak_mib() - before:.0f}")
 
 

@@ -51,11 +51,12 @@ class Descriptor:
       card: the model-facing description; `card.args` is the whole argument grammar.
       version: must change when the same input could get another answer.
       input: `volume` ([X, Y, Z]) or `image` ([H, W, 3]).
-      factory: 'module:attribute', called with `Weights`; returns a `base.Expert`.
+      factory: 'module:attribute', called with `Weights`; returns a `base.Expert`. '' if there is no network.
       sample_kind, body_region, modality: selects samples of a samples folder; None matches any.
       needs_folder: it reads the whole weights folder instead of `weights`.
       sources: download sources of its files, the default first.
       parity_factory: for `--parity`, which reproduces the reference implementation with its defects.
+      no_network: why there is no network, and what to do instead; completes a sentence about the expert.
     """
 
     card: Card
@@ -70,6 +71,7 @@ class Descriptor:
     needs_folder: bool = False
     sources: tuple[sources.Source, ...] = ()
     parity_factory: str = ""
+    no_network: str = ""
 
     @property
     def name(self) -> str:
@@ -96,7 +98,9 @@ class Descriptor:
         return dataclasses.replace(self, version=f"{self.version}-parity", factory=self.parity_factory)
 
     def create(self, weights: Weights) -> Any:
-        """Imports the expert's libraries and builds it."""
+        """Imports the expert's libraries and builds it; raises `UserError` if it has no network."""
+        if self.no_network:
+            raise UserError(f"{self.name} {self.no_network}")
         module, _, attribute = self.factory.partition(":")
         return getattr(importlib.import_module(module), attribute)(weights)
 
@@ -114,8 +118,10 @@ ORGANS = Descriptor(
     version="imported",
     input="volume",
     kind="segmentation",
-    factory="vilam3_experts.card_only:refuse_organs",
+    factory="",
     sample_kind="ct",
+    no_network="has no network, its masks are imported: `vilam3-experts import --expert ORGANS --masks ... "
+    "--data ... --source ... --out STORE`",
 )
 BRAINSEG = Descriptor(
     card=_CARDS["BRAINSEG"],
@@ -183,7 +189,9 @@ VISTA2D = Descriptor(
     version="card-1",
     input="image",
     kind="segmentation",
-    factory="vilam3_experts.card_only:refuse_vista2d",
+    factory="",
+    no_network="is only a card, as in the published VILA-M3, and has no network; remove it from the cards, "
+    "or add an expert for cell images under another name",
 )
 
 

@@ -11,7 +11,6 @@ import json
 import re
 import uuid
 import warnings
-from collections.abc import Iterator
 from typing import Any, BinaryIO, Literal, cast
 
 import highdicom as hd
@@ -90,12 +89,14 @@ def export_masks(
     for item in tqdm(find_inputs(data, _ANY_VOLUME), desc="export", unit="scan"):
         try:
             scan = item.load().first
-            found = list(_label_maps(records, wanted, scan)) if isinstance(scan, Volume) else []
+            keys = wanted.get(scan.content_key, ()) if isinstance(scan, Volume) else ()
+            annotations = [records.get(*key) for key in keys]
         except UnavailableError:
             raise
         except UserError as error:
             summary.problems.append((item.name, str(error)))
             continue
+        found = [a for a in annotations if a is not None and a.labels is not None]
         summary.without += not found
         for annotation in found:
             try:
@@ -125,13 +126,6 @@ def _by_grid(records: AnnotationStore, expert: str | None) -> dict[str, list[Key
                 input_key = annotation.inputs[0][1]
         wanted[input_key].append(key)
     return wanted
-
-
-def _label_maps(records: AnnotationStore, wanted: dict[str, list[Key]], scan: Volume) -> Iterator[Annotation]:
-    for key in wanted.get(scan.content_key, ()):
-        annotation = records.get(*key)
-        if annotation is not None and annotation.labels is not None:
-            yield annotation
 
 
 def file_stem(annotation: Annotation) -> str:

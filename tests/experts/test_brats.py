@@ -27,7 +27,7 @@ from scipy import ndimage
 from vilam3_experts.annotate import annotate
 from vilam3_experts.base import ExpertFailure
 from vilam3_experts.brats.bundle import Settings, find_bundle, load_network, read_settings
-from vilam3_experts.brats.expert import Brats, Segmenter, create, label_map, smaller_window
+from vilam3_experts.brats.expert import Brats, create, label_map, smaller_window
 from vilam3_experts.descriptors import BRATS
 from vilam3_experts.engine.memory import RetrySmaller
 from vilam3_experts.weights import Weights
@@ -141,7 +141,7 @@ def canonical(array, file):
 
 def agree(files, *, orientation=True, pixdim=None):
     probabilities, labels = monai_pass(Tiny(), files, orientation=orientation, pixdim=pixdim)
-    found, verdicts = Segmenter(Tiny(), Settings(window=WINDOW)).probabilities(read_case(files))
+    found, verdicts = Brats(Tiny(), Settings(window=WINDOW)).probabilities(read_case(files))
     for channel, region in enumerate(("tc", "wt", "et")):
         expected = canonical(probabilities[channel], files["t1c"])
         assert found[region].shape == expected.shape
@@ -180,11 +180,11 @@ def test_agrees_with_monai_where_the_spacing_is_changed(tmp_path, axcodes):
 
 
 def test_one_scan_has_one_result_in_every_index_order(tmp_path):
-    segmenter = Segmenter(Tiny(), Settings(window=WINDOW))
+    expert = Brats(Tiny(), Settings(window=WINDOW))
     maps = []
     for axcodes in ("LPS", "IAR"):
         files = write_case(tmp_path / axcodes, (30, 34, 26), ISOTROPIC, axcodes)
-        maps.append(label_map(segmenter.probabilities(read_case(files))[0]))
+        maps.append(label_map(expert.probabilities(read_case(files))[0]))
     np.testing.assert_array_equal(*maps)
 
 
@@ -221,7 +221,7 @@ def case(shape=(32, 36, 28)):
 
 
 def segment(volumes):
-    found, verdicts = Segmenter(Tiny(), Settings(window=WINDOW)).probabilities(volumes)
+    found, verdicts = Brats(Tiny(), Settings(window=WINDOW)).probabilities(volumes)
     return label_map(found), verdicts
 
 
@@ -349,13 +349,13 @@ class Hungry(Tiny):
 
 def test_out_of_memory_is_tried_again_with_a_smaller_window():
     network = Hungry(64 * 64 * 64)
-    expert = Brats(Segmenter(network, Settings(window=(128, 128, 96))), "")
+    expert = Brats(network, Settings(window=(128, 128, 96)))
     output = RetrySmaller(expert).run(case(), "")
     assert network.seen == [(128, 128, 96), (64, 64, 64)]
     assert [v.check for v in output.verdicts] == ["window"]
     assert "64 x 64 x 64" in output.verdicts[0].message
     with pytest.raises(ExpertFailure, match="memory"):
-        RetrySmaller(Brats(Segmenter(Hungry(0), Settings(window=(128, 128, 96))), "")).run(case(), "")
+        RetrySmaller(Brats(Hungry(0), Settings(window=(128, 128, 96)))).run(case(), "")
 
 
 def test_smaller_windows_end():
@@ -465,7 +465,7 @@ def test_the_expert_from_a_folder(tmp_path):
     }
     write_bundle(tmp_path / "brats_mri_segmentation", network.state_dict(), config=config, wrap=True)
     output = create(Weights(folder=tmp_path)).run(case(), "")
-    expected, _ = Segmenter(network, Settings(window=(32, 32, 24))).probabilities(case())
+    expected, _ = Brats(network, Settings(window=(32, 32, 24))).probabilities(case())
     np.testing.assert_array_equal(output.labels, label_map(expected))
     assert output.labels.dtype == np.uint8
     assert output.label_names == {1: "non-enhancing tumor core", 2: "peritumoral edema", 4: "enhancing tumor"}

@@ -24,7 +24,7 @@ from vilam3_experts.engine import committer as committer_module
 from vilam3_experts.engine.job import Outcome, in_shard
 from vilam3_experts.engine.local import worker_environments
 from vilam3_experts.engine.memory import is_out_of_memory
-from vilam3_experts.engine.summary import MAX_LISTED, MAX_REASONS, RunSummary
+from vilam3_experts.engine.summary import MAX_REASONS, RunSummary
 from vilam3_experts.engine.worker import Worker
 from vilam3_experts.host import serve
 
@@ -133,7 +133,8 @@ def test_an_input_that_kills_while_it_is_read(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))  # imported when Python starts
     summary = annotate(faulty.FAULTY, data, tmp_path / "store", engine=Engine(workers=1))
     assert summary.counts == {"annotated": 2, "unreadable": 1}
-    assert summary.problems[0][1].startswith("while it was read: its process was ended by signal 9")
+    (reason,) = summary.reasons.values()
+    assert reason.text.startswith("while it was read: its process was ended by signal 9")
 
 
 def test_experts_that_cannot_be_built_end_the_run(folder, tmp_path):
@@ -349,8 +350,7 @@ def test_summary_stays_small():
     for n in range(5000):
         reason = f"/data/{n}/{n}.png: PNG image of {n} bytes" if n % 2 else f"unlike {chr(0x4E00 + n)} others"
         summary.add(Outcome(n, f"{n}/{n}.png", "unreadable", reason, (f"note {n}",)))
-    assert len(summary.problems) == len(summary.notes) == MAX_LISTED
-    assert len(summary.reasons) == MAX_REASONS + 1
+    assert len(summary.reasons) == MAX_REASONS + 1 and summary.noted == 5000
     table = summary.table()
     assert table[0].split()[:2] == ["2500", "unreadable"] and "[1/1.png, 3/3.png, 5/5.png, ...]" in table[0]
     assert sum(int(line.split()[0]) for line in table) == 5000

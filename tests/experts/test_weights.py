@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from vilam3_experts import descriptors
 from vilam3_experts.cli import main
 from vilam3_experts.weight_files import fetch, pickled
-from vilam3_experts.weight_files.convert import to_safetensors
-from vilam3_experts.weight_files.install import install
+from vilam3_experts.weight_files.install import install, to_safetensors
 from vilam3_experts.weight_files.lock import FILE, LockFile
 from vilam3_experts.weight_files.pickled import InvalidFileError, read_tensors
 from vilam3_experts.weight_files.sources import Download, Source

@@ -13,8 +13,8 @@ from vilam3_experts import descriptors
 from vilam3_experts.base import ExpertFailure
 from vilam3_experts.weights import Weights
 from vilam3_experts.xrv import expert, networks
+from vilam3_experts.xrv.expert import centre_square, resize
 from vilam3_experts.xrv.members import Table, load_table
-from vilam3_experts.xrv.preprocess import centre_square, resize
 
 from vilam3_jax.errors import UserError
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import os
 import threading
 import time
 from typing import Any, Self
 
+import filelock
 from etils import epath
 
 from vilam3_experts import __version__
@@ -212,9 +212,8 @@ def _lock(path: epath.Path, flags: int) -> int:
         if flags:
             raise
         return -1
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        return -1
-    return file
+    # Not `locks.try_lock`: without locks, two writers would continue one chain.
+    if filelock.lock_descriptor(file, blocking=False):
+        return file
+    os.close(file)
+    return -1

@@ -39,19 +39,32 @@ def create(weights: Weights) -> Brats:
     bundle = find_bundle(weights.folder)
     settings = read_settings(bundle)
     network, sha256 = load_network(bundle, settings)
-    return Brats(Segmenter(network, settings), weights.sha256 or sha256)
+    return Brats(network, settings, weights.sha256 or sha256)
 
 
 class Brats:
-    """The expert; uses the GPU in mixed precision if torch finds one."""
+    """The expert: a network with the pre- and post-processing of its bundle.
 
-    def __init__(self, segmenter: Segmenter, weights_sha256: str) -> None:
-        self._segmenter, self._sha256 = segmenter, weights_sha256
+    It uses the GPU in mixed precision if torch finds one. The network maps float32 [1, 4, I, J, K] to logits
+    [1, 3, I, J, K]; `window` overrides that of the settings.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        settings: Settings,
+        weights_sha256: str = "",
+        window: tuple[int, ...] | None = None,
+    ) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._network = network.to(self._device).eval()
+        self._settings, self._sha256 = settings, weights_sha256
+        self._window = window or settings.window
 
     def smaller(self) -> Brats | None:
         """The same network with a smaller window, which the verdicts state; None below the smallest."""
-        segmenter = self._segmenter.smaller()
-        return None if segmenter is None else Brats(segmenter, self._sha256)
+        window = smaller_window(self._window)
+        return None if window is None else Brats(self._network, self._settings, self._sha256, window)
 
     def run(self, data: Mapping[str, Volume], args: str) -> Output:
         """Segments one head from `t1c`, `t1`, `t2` and `flair`; the label map is on the grid of `t1c`.
@@ -59,7 +72,7 @@ class Brats:
         Raises `ExpertFailure` if a scan is uniform, or the scans show different places.
         """
         del args
-        probabilities, verdicts = self._segmenter.probabilities(data)
+        probabilities, verdicts = self.probabilities(data)
         return Output(
             labels=label_map(probabilities),
             label_names=label_table("BRATS"),
@@ -67,33 +80,12 @@ class Brats:
             verdicts=verdicts,
         )
 
-
-class Segmenter:
-    """A network with the pre- and post-processing of its bundle, on the GPU if there is one.
-
-    The network maps float32 [1, 4, I, J, K] to logits [1, 3, I, J, K]; `window` overrides that of the
-    settings.
-    """
-
-    def __init__(
-        self, network: torch.nn.Module, settings: Settings, window: tuple[int, ...] | None = None
-    ) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._network = network.to(self._device).eval()
-        self._settings = settings
-        self._window = window or settings.window
-
-    def smaller(self) -> Segmenter | None:
-        """The same network with a smaller window; None below the smallest."""
-        window = smaller_window(self._window)
-        return None if window is None else Segmenter(self._network, self._settings, window)
-
     def probabilities(
         self, volumes: Mapping[str, Volume]
     ) -> tuple[dict[str, np.ndarray], tuple[Verdict, ...]]:
         """Region (`tc`, `wt`, `et`) to probabilities, float32 [X, Y, Z] on the grid of the T1c; and verdicts.
 
-        The verdicts are on resampling and on doubtful inputs. Raises `ExpertFailure` as `Brats.run`.
+        The verdicts are on resampling and on doubtful inputs. Raises `ExpertFailure` as `run`.
         """
         settings = self._settings
         for role, volume in volumes.items():

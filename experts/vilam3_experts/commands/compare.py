@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 
 from vilam3_experts.compare import Thresholds, with_disagreements
 from vilam3_jax.data.experts.record import Annotation
-from vilam3_jax.data.experts.store import AnnotationStore, AnnotationWriter, new_store
+from vilam3_jax.data.experts.store import AnnotationStore, new_store
 from vilam3_jax.errors import UserError
 
 
@@ -44,7 +45,6 @@ def run(options: argparse.Namespace) -> int:
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"--{name} {getattr(options, name)}: give a number from 0 to 1")
     store = AnnotationStore(options.store)
-    writer = None if options.out is None else new_store(options.out)  # fails before the work, not after it
     calls: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
     for key, expert, args in store.keys():  # noqa: SIM118
         if expert in names:
@@ -54,15 +54,22 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{options.store}: no input has records of both {names[0]} and {names[1]}")
     thresholds = Thresholds(options.dice, options.difference)
     count: collections.Counter[str] = collections.Counter()
-    for key, of in shared.items():
-        for annotation in _compared(store, key, of, thresholds):
-            if annotation.expert == names[0]:
-                count.update(f"{d.subject}, {d.measure}" for d in annotation.disagreements)
+    with contextlib.nullcontext() if options.out is None else new_store(options.out) as writer:
+        for key, of in shared.items():
+            for annotation in _compared(store, key, of, thresholds):
+                if annotation.expert == names[0]:
+                    count.update(f"{d.subject}, {d.measure}" for d in annotation.disagreements)
+                if writer is not None:
+                    writer.write(annotation)
+        for key in store.keys() if writer is not None else ():
+            if (key[1], key[2]) not in shared.get(key[0], ()):
+                annotation = store.get(*key)
+                assert annotation is not None
+                writer.write(annotation)
     print(f"{len(shared)} inputs with records of {names[0]} and {names[1]}")
     for what, number in count.most_common():
         print(f"{number}  {what}")
-    if writer is not None:
-        _copy(store, writer, shared, thresholds)
+    if options.out is not None:
         print(f"store {options.out}")
     return 0
 
@@ -76,20 +83,3 @@ def _compared(
         with_disagreements(one, [other for other in records if other.expert != one.expert], thresholds)
         for one in records
     ]
-
-
-def _copy(
-    store: AnnotationStore,
-    out: AnnotationWriter,
-    shared: dict[str, list[tuple[str, str]]],
-    thresholds: Thresholds,
-) -> None:
-    with out as writer:
-        for key, of in shared.items():
-            for annotation in _compared(store, key, of, thresholds):
-                writer.write(annotation)
-        for key in store.keys():  # noqa: SIM118
-            if (key[1], key[2]) not in shared.get(key[0], ()):
-                annotation = store.get(*key)
-                assert annotation is not None
-                writer.write(annotation)

@@ -37,13 +37,11 @@ class Reason:
 class RunSummary:
     """What a run did.
 
-    `counts` are by `Outcome.status`. `problems`, `notes` and `planned` list the first `MAX_LISTED` entries;
-    `noted` counts the inputs with notes. `reasons` groups reasons that differ only in names and numbers.
+    `counts` are by `Outcome.status`. `planned` lists the first `MAX_LISTED` names; `noted` counts the inputs
+    with notes. `reasons` groups reasons that differ only in names and numbers.
     """
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     planned: list[str] = dataclasses.field(default_factory=list)
     noted: int = 0
     reasons: dict[tuple[str, str], Reason] = dataclasses.field(default_factory=dict)
@@ -60,12 +58,8 @@ class RunSummary:
         if outcome.status == "planned" and len(self.planned) < MAX_LISTED:
             self.planned.append(outcome.name)
         self.noted += bool(outcome.notes)
-        room = MAX_LISTED - len(self.notes)
-        self.notes += [(outcome.name, note) for note in outcome.notes[:room]]
         if outcome.status not in _UNANSWERED:
             return
-        if len(self.problems) < MAX_LISTED:
-            self.problems.append((outcome.name, outcome.reason))
         pattern = _reason_pattern(outcome.reason, outcome.name)
         if (outcome.status, pattern) not in self.reasons and len(self.reasons) >= MAX_REASONS:
             pattern = _OTHER

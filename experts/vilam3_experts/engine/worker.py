@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from vilam3_experts.base import Expert, ExpertFailure, ExpertInputs, Output, annotate_one, is_refused
+from vilam3_experts.base import Expert, ExpertFailure, ExpertInputs, KnownAnswer, annotate_one, is_refused
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.engine.job import Item, Job, Outcome
 from vilam3_experts.engine.key_cache import fingerprint
@@ -76,7 +76,7 @@ class Worker:
             if isinstance(found, Outcome):
                 yield found
             elif is_refused(self._job.descriptor, found):
-                yield self._annotate(_BatchAnswer(ExpertFailure("not run")), item, found)
+                yield self._annotate(KnownAnswer(ExpertFailure("not run")), item, found)
             else:
                 opened.append((item, found))
         if not opened:
@@ -126,7 +126,7 @@ class Worker:
         if answers is None or len(answers) != len(inputs):
             free_memory()
             return None
-        return [_BatchAnswer(answer) for answer in answers]
+        return [KnownAnswer(answer) for answer in answers]
 
     def _annotate(self, expert: Expert, item: Item, inputs: ExpertInputs) -> Outcome:
         job = self._job
@@ -138,19 +138,6 @@ class Worker:
             item.number, item.input.name, status, annotation.reason, inputs.notes, annotation.to_bytes()
         )
         return _with_key(outcome, inputs, self._fingerprints.pop(item.number))
-
-
-@dataclasses.dataclass(frozen=True)
-class _BatchAnswer:
-    """Stands in for the expert to turn one answer of a batch into a record."""
-
-    answer: Output | ExpertFailure
-
-    def run(self, data: Any, args: str) -> Output:
-        del data, args
-        if isinstance(self.answer, ExpertFailure):
-            raise self.answer
-        return self.answer
 
 
 def _with_key(outcome: Outcome, inputs: ExpertInputs, fingerprint: bytes | None) -> Outcome:

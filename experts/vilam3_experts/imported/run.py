@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vilam3_experts import descriptors as registry
-from vilam3_experts.base import ExpertInputs, Output, annotate_one
+from vilam3_experts.base import ExpertInputs, KnownAnswer, Output, annotate_one
 from vilam3_experts.descriptors import Descriptor
 from vilam3_experts.engine.summary import ProblemLists
 from vilam3_experts.imported import matching
@@ -136,10 +136,9 @@ def import_masks(
                 mask, notes = _read(source_files, inputs, descriptor, missing, read)
                 if not mask.labels.any() and not options.keep_empty:
                     raise UserError("is empty; give --keep-empty if that is the finding")
+                known = KnownAnswer(Output(labels=mask.labels, label_names=mask.names))
                 for args in missing:
-                    record = annotate_one(
-                        _MaskExpert(mask), descriptor, inputs, args, weights_sha256=mask.sha256
-                    )
+                    record = annotate_one(known, descriptor, inputs, args, weights_sha256=mask.sha256)
                     if record.status == "failed":
                         raise UserError(record.reason)
                     writer.write(record)
@@ -236,18 +235,6 @@ def _structure_ids(
             free += 1
             ids[words] = free
     return ids
-
-
-@dataclasses.dataclass(frozen=True)
-class _MaskExpert:
-    """Stands in for the expert to turn a mask into a record."""
-
-    mask: Mask
-
-    def run(self, data: Volume, args: str) -> Output:
-        del data, args
-        mask = self.mask
-        return Output(labels=mask.labels, label_names=mask.names, weights_sha256=mask.sha256)
 
 
 def _read(

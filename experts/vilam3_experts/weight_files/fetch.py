@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import json
 import os
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from vilam3_experts import __version__
 from vilam3_experts.weight_files.sources import Download
 from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.runtime import locks
 
 _TIMEOUT_S = 30
 _ATTEMPTS = 3
@@ -51,10 +51,8 @@ def from_url(download: Download, target: Path) -> None:
     state = target.with_name(f".{target.name}.etag")
     target.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes
-        except OSError as error:
-            raise UserError(f"{target}: another process is fetching it; wait until it is done") from error
+        if not locks.try_lock(file.fileno()):
+            raise UserError(f"{target}: another process is fetching it; wait until it is done")
         for attempt in range(1, _ATTEMPTS + 1):
             before = file.tell()
             try:

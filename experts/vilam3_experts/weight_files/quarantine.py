@@ -1,6 +1,6 @@
 """Converts pickled weights to safetensors: `python -m vilam3_experts.weight_files.quarantine IN OUT`.
 
-`convert.to_safetensors` runs it in a separate process without network access. It starts no other process,
+`install.to_safetensors` runs it in a separate process without network access. It starts no other process,
 writes one file, and has bounded memory and time. It tries `torch.load(weights_only=True)` first; files that
 this refuses go to `pickled`.
 """

@@ -11,7 +11,6 @@ from vilam3_experts.base import ExpertFailure, Output
 from vilam3_experts.weights import Weights
 from vilam3_experts.xrv import networks
 from vilam3_experts.xrv.members import Member, Table, load_table
-from vilam3_experts.xrv.preprocess import centre_square, resize
 from vilam3_jax.errors import UserError
 
 # Fastest settings by `benchmarks/cxr_ensemble.py`. On a CPU, a DenseNet is limited by memory bandwidth and
@@ -19,6 +18,8 @@ from vilam3_jax.errors import UserError
 _CPU_BATCH = {"densenet121": 8, "resnet50": 1}
 _GPU_BATCH = 32
 _FORMAT = torch.channels_last
+# Grey level to network units, -1024..1024, in the order of operations of torchxrayvision's `normalize`.
+_UNITS = (2 * (np.arange(256, dtype=np.float32) / 255) - 1.0) * 1024
 
 
 class _MemberNetwork:
@@ -125,6 +126,27 @@ class ParityEnsemble(Ensemble):
     """The reference's mean: a member counts 0.5 for a class that it was not trained on."""
 
     untrained_value = 0.5
+
+
+def centre_square(image: np.ndarray) -> torch.Tensor:
+    """Crops the first channel of uint8 [H, W, C] to its central square; float32 [1, S, S] in -1024..1024."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    # Both halves are rounded down, as in torchxrayvision's `XRayCenterCrop`.
+    top, left = height // 2 - side // 2, width // 2 - side // 2
+    return torch.from_numpy(_UNITS[image[top : top + side, left : left + side, 0]])[None]
+
+
+def resize(square: torch.Tensor, side: int) -> torch.Tensor:
+    """Resizes float32 [1, S, S] as torchxrayvision 1.2.4, the release behind VILA-M3's training texts.
+
+    Bilinear, half-pixel centres, no antialiasing. Later releases (such as 1.5.7) antialias, and return other
+    probabilities for films larger than the network's input.
+    """
+    if square.shape[-1] == side:
+        return square
+    size = (side, side)
+    return torch.nn.functional.interpolate(square[None], size, mode="bilinear", antialias=False)[0]
 
 
 def _is_image(item: object) -> bool:

@@ -28,12 +28,12 @@ from vilam3_jax.data.experts.dialogues.rules import split_row
 from vilam3_jax.data.experts.dialogues.scene import Setting
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
-from vilam3_jax.data.loader_records import BadRecord, RecordLoader, ShardOrder, Stats, Tally
+from vilam3_jax.data.loader_records import ShardOrder, Stats, Tally
 from vilam3_jax.data.loader_shards import Place, Shards, Turns, UnitInfo
 from vilam3_jax.data.loader_state import Binding, State, from_state, to_state
 from vilam3_jax.data.packing import Size
 from vilam3_jax.data.render import ImageReader, Renderer
-from vilam3_jax.data.sample_reader import SampleReader
+from vilam3_jax.data.sample_reader import BadRecord, SampleReader
 from vilam3_jax.data.templates import TokenizerLike, model_template
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.data.volume_slices import SliceRule
@@ -56,7 +56,7 @@ class Loader:
     Attributes:
       stats: counts of what was yielded and skipped.
       provenance: name, split, records, licences and provenance of every dataset.
-      records: samples by position.
+      records: reader of samples by position.
       samples: the order of samples.
       length: its positions; None if it is endless.
     """
@@ -64,7 +64,7 @@ class Loader:
     def __init__(
         self,
         *,
-        records: RecordLoader,
+        records: SampleReader,
         binding: Binding,
         batch_format: BatchFormat,
         shards: int,
@@ -91,18 +91,15 @@ class Loader:
     def get_state(self) -> State:
         """The state after the last batch, a JSON value per loader shard of this process.
 
-        It contains digests, computed now, of the image files of queued and recently packed samples.
-
-        Raises:
-          UnavailableError: an image file cannot be read now.
+        It contains digests, computed now, of the image files of queued and recently packed samples; raises
+        `UnavailableError` if one of them cannot be read.
         """
         return to_state(self._places, self._binding, self.samples.sources)
 
     def set_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Continues from `get_state` of any process.
 
-        Raises:
-          UserError: data, mixture, seed, tokenizer, number of shards, or an image file differ from the state.
+        Raises `UserError` if data, mixture, seed, tokenizer, number of shards or an image file differ.
         """
         self.close()
         turns = self._turns
@@ -300,7 +297,7 @@ def build_loader(
     dialogues = _dialogues(data, model, store) if has_dialogues else None
     sources = stream.open_sources(data.path, tuple(data.mixture), split, dialogues, seed)
     samples = stream.SampleStream(sources, seed, endless=split == "train")
-    reader = SampleReader(
+    records = SampleReader(
         samples=samples,
         renderer=renderer,
         batch_format=batch_format,
@@ -313,7 +310,7 @@ def build_loader(
     _check_shared_memory(workers, batch_format)
     digest = "" if store is None else store.digest()
     return Loader(
-        records=RecordLoader(samples, reader.sample, batch_format.shape),
+        records=records,
         binding=Binding(samples.fingerprint, tokenizer.fingerprint, digest),
         batch_format=batch_format,
         shards=data.loader_shards,

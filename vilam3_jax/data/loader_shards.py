@@ -22,8 +22,9 @@ import numpy as np
 from vilam3_jax.data import child_process
 from vilam3_jax.data.batch_formats import BatchFormat, Rows
 from vilam3_jax.data.batches import Batch
-from vilam3_jax.data.loader_records import RecordLoader, ShardOrder, Tally, Unreadable
+from vilam3_jax.data.loader_records import ShardOrder, Tally
 from vilam3_jax.data.packing import Sample
+from vilam3_jax.data.sample_reader import SampleReader, Unreadable
 
 _Images = concurrent.futures.Future[Sequence[np.ndarray]]
 _Rows = list[list[tuple[Sample, _Images]]]
@@ -36,19 +37,13 @@ _RECENT = 16  # packed samples whose image files a state depends on
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Progress of a shard.
+    """Progress of a shard."""
 
-    Attributes:
-      next: index of the next sample to read.
-      groups: units yielded.
-      pending: indices of the queued samples.
-      files: index → (number of the dataset, paths of the image files) of the queued samples and the last
-        packed ones, if they have image files.
-    """
-
-    next: int = 0
-    groups: int = 0
-    pending: tuple[int, ...] = ()
+    next: int = 0  # index of the next sample to read
+    groups: int = 0  # units yielded
+    pending: tuple[int, ...] = ()  # indices of the queued samples
+    # Index → (number of the dataset, paths of the image files) of the queued samples and the last packed
+    # ones, if they have image files.
     files: Mapping[int, tuple[int, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
 
 
@@ -65,16 +60,11 @@ class Turns:
 
     A batch has gcd(shards, units) streams: runs of consecutive units, each with its own shards, which take
     turns. So a process runs only the shards of its part of the batch.
-
-    Attributes:
-      units: number of units in the global batch.
-      shards: S.
-      local_units: numbers of the units that this process yields, in ascending order.
     """
 
-    units: int
-    shards: int
-    local_units: tuple[int, ...]
+    units: int  # number of units in the global batch
+    shards: int  # S
+    local_units: tuple[int, ...]  # numbers of the units that this process yields, in ascending order
 
     @property
     def streams(self) -> int:
@@ -108,11 +98,7 @@ class PackIterator(Iterator[Rows]):
     """Packs the samples of one shard into units."""
 
     def __init__(self, order: ShardOrder, batch_format: BatchFormat, tally: Tally, start: Place) -> None:
-        """Continues from `start`, whose queued samples are read again.
-
-        Raises:
-          UserError: a queued sample can no longer be read.
-        """
+        """Continues from `start`; raises `UserError` if a sample queued there can no longer be read."""
         samples = order.slice(slice(start.next, None)).to_iter_dataset(_IN_PLACE)
         ahead = grain.experimental.ThreadPrefetchIterDataset(samples, prefetch_buffer_size=_READ_AHEAD)
         self._samples = iter(ahead)
@@ -158,19 +144,12 @@ def _files(samples: Sequence[Sample]) -> dict[int, tuple[int, tuple[str, ...]]]:
 
 @dataclasses.dataclass(frozen=True)
 class UnitInfo:
-    """Metadata of an element.
+    """Metadata of an element."""
 
-    Attributes:
-      shard: that yielded the unit.
-      place: progress of the shard after it.
-      skipped: (name, reason) of the records skipped before it.
-      missing: names of the experts whose annotations its samples lack.
-    """
-
-    shard: int
-    place: Place
-    skipped: tuple[tuple[str, str], ...]
-    missing: tuple[str, ...] = ()
+    shard: int  # that yielded the unit
+    place: Place  # progress of the shard after it
+    skipped: tuple[tuple[str, str], ...]  # (name, reason) of the records skipped before it
+    missing: tuple[str, ...] = ()  # names of the experts whose annotations its samples lack
 
 
 class Shards(grain.IterDataset[dict[str, Any]]):
@@ -182,7 +161,7 @@ class Shards(grain.IterDataset[dict[str, Any]]):
 
     def __init__(
         self,
-        records: RecordLoader,
+        records: SampleReader,
         batch_format: BatchFormat,
         *,
         turns: Turns,

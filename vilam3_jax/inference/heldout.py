@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding
 from vilam3_jax.data.batch_formats import PackedRows
 from vilam3_jax.data.data_config import DataConfig
 from vilam3_jax.data.loader import build_loader
-from vilam3_jax.data.loader_records import Unreadable
 from vilam3_jax.data.packing import Sample
+from vilam3_jax.data.sample_reader import Unreadable
 from vilam3_jax.data.templates import model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.errors import UserError

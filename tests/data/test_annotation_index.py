@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vilam3_jax.data import shards as shards_lib
 from vilam3_jax.data.experts import index as index_lib
 from vilam3_jax.data.experts import store as store_lib
-from vilam3_jax.data.experts.index import Entry, Index, Shard, Versions, read_index
+from vilam3_jax.data.experts.index import Entry, Index, Shard, read_index
 from vilam3_jax.data.experts.record import Annotation, failed
 from vilam3_jax.data.experts.store import (
     AnnotationStore,
@@ -29,8 +29,6 @@ from vilam3_jax.data.experts.store import (
     store_info,
 )
 from vilam3_jax.errors import UnavailableError, UserError
-
-VERSIONS = Versions(3, 2)
 
 
 def key(number):
@@ -110,14 +108,14 @@ def test_merging_in_any_order_and_grouping_equals_a_dictionary(lists, data):
     for shard, listed in shards:
         one = Index()
         one.add_shard(shard, listed)
-        files.append((shard.name, one.to_bytes(VERSIONS)))
+        files.append((shard.name, one.to_bytes()))
     # Some files were merged earlier, and may still be present.
     files = data.draw(st.permutations(files))
     count = data.draw(st.integers(0, len(files)))
-    merged = ("merged", read_index(files[:count], VERSIONS).to_bytes(VERSIONS))
-    index = read_index([merged, *files[data.draw(st.integers(0, count)) :]], VERSIONS)
+    merged = ("merged", read_index(files[:count]).to_bytes())
+    index = read_index([merged, *files[data.draw(st.integers(0, count)) :]])
     assert content_of(index) == model and len(index) == len(model)
-    assert list(index.keys()) == list(read_index(files, VERSIONS).keys())
+    assert list(index.keys()) == list(read_index(files).keys())
     assert all(index.find((name, "CXR", "other")) is None for name in INPUTS)
     # The index of a writer grows shard by shard.
     grown = Index()
@@ -125,7 +123,7 @@ def test_merging_in_any_order_and_grouping_equals_a_dictionary(lists, data):
         grown.add_shard(shard, listed)
         grown.merge_similar_layers()
     assert content_of(grown) == model
-    assert index.digest() == grown.digest() == read_index(files, VERSIONS).digest()
+    assert index.digest() == grown.digest() == read_index(files).digest()
     assert sum(index.counts().values()) == len(model)
     assert collections.Counter(status for _, _, status, _ in model.values()) == collections.Counter(
         {s: sum(n for call, n in index.counts().items() if call.status == s) for s in ("ok", "failed")}
@@ -138,12 +136,12 @@ def test_a_damaged_file_is_told(lists, data):
     index = Index()
     for shard, listed in shards_of(lists):
         index.add_shard(shard, listed)
-    whole = index.to_bytes(VERSIONS)
+    whole = index.to_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     damaged = [whole[:at], whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]]
     for content in damaged:
         with pytest.raises(UserError, match=r"^here: damaged index \(.*\); delete it and annotate again$"):
-            read_index([("here", content)], VERSIONS)
+            read_index([("here", content)])
 
 
 def test_digest_is_of_the_answers_and_of_nothing_else(tmp_path):

@@ -61,9 +61,7 @@ def test_annotations_of_an_older_decoder_are_refused(tmp_path, monkeypatch):
     with AnnotationWriter(tmp_path) as writer:
         writer.write(Annotation("a" * 64, "CXR", probabilities={"pneumonia": 0.5}))
     assert len(AnnotationStore(tmp_path)) == 1
-    monkeypatch.setattr(
-        "vilam3_jax.data.experts.store_files.DECODER_VERSION", content_keys.DECODER_VERSION + 1
-    )
+    monkeypatch.setattr("vilam3_jax.data.experts.index.DECODER_VERSION", content_keys.DECODER_VERSION + 1)
     for opened in (AnnotationStore, AnnotationWriter):
         with pytest.raises(UserError, match=r"keys of decoder version \d+, .* annotate into a new"):
             opened(tmp_path)

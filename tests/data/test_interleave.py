@@ -184,7 +184,7 @@ def test_the_published_mixture_of_stage_4() -> None:
     mixed = order._mixed
     assert mixed.counts(1_840_428) == tuple(size * weight for size, weight in STAGE4.values())
     # A period is a quarter of the pass; the schedule is computed once, block by block.
-    chosen = np.concatenate([mixed._block(n).chosen for n in range(-(-mixed.period // 1024))])
+    chosen = np.concatenate([mixed._schedule(n).chosen for n in range(-(-mixed.period // 1024))])
     assert len(chosen) == mixed.period == 460_107
     share = np.array(mixed.rates) / mixed.period
     for dataset in range(len(STAGE4)):

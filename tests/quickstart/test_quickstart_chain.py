@@ -136,6 +136,6 @@ def test_annotations_of_another_decoder_are_removed(tmp_path, monkeypatch):
         writer.write(Annotation("a" * 64, "PNEUMONIA", probabilities={"pneumonia": 0.5}))
     quickstart._remove(step)
     assert len(AnnotationStore(store)) == 1  # several experts share it
-    monkeypatch.setattr("vilam3_jax.data.experts.store_files.DECODER_VERSION", 0)
+    monkeypatch.setattr("vilam3_jax.data.experts.index.DECODER_VERSION", 0)
     quickstart._remove(step)
     assert not store.exists()

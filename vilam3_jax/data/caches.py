@@ -21,8 +21,6 @@ class ByteLRU(Generic[Value]):
         self._lock = threading.Lock()
         self._making: dict[Hashable, threading.Lock] = {}
         self.bytes = 0
-        self.hits = 0
-        self.misses = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process starts empty."""
@@ -32,16 +30,13 @@ class ByteLRU(Generic[Value]):
         """Returns the value of `key`; concurrent callers wait for one call of `make`."""
         with self._lock:
             if key in self._values:
-                self.hits += 1
                 self._values.move_to_end(key)
                 return self._values[key]
             making = self._making.setdefault(key, threading.Lock())
         with making:
             with self._lock:
                 if key in self._values:
-                    self.hits += 1
                     return self._values[key]
-                self.misses += 1
             try:
                 value = make()
                 with self._lock:
@@ -54,3 +49,10 @@ class ByteLRU(Generic[Value]):
                 with self._lock:
                     self._making.pop(key, None)
         return value
+
+    def discard(self, key: Hashable, value: Value) -> None:
+        """Removes `value`, unless another one is stored under `key` by now."""
+        with self._lock:
+            if self._values.get(key) is value:
+                del self._values[key]
+                self.bytes -= self._size_of(value)

@@ -1,7 +1,4 @@
-"""Termination of child processes, by their parent or together with it.
-
-This module imports neither jax nor flax nor torch.
-"""
+"""Termination of child processes, by their parent or together with it."""
 
 from __future__ import annotations
 

@@ -12,14 +12,14 @@ meets all deadlines if any order does.
 
 from __future__ import annotations
 
-import collections
 import heapq
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from vilam3_jax.data.caches import ByteLRU
 
 _BLOCK = 1024  # positions computed at once
 _BLOCKS_KEPT = 64
@@ -31,7 +31,6 @@ class _Block(NamedTuple):
 
     chosen: np.ndarray  # int32 [n], dataset at each position
     draws: np.ndarray  # int64 [n], index of the draw within its dataset, from the start of the period
-    after: tuple[int, ...]  # number of draws of each dataset up to the end of the block
 
 
 class Interleaving:
@@ -58,8 +57,9 @@ class Interleaving:
         self.period = sum(self.rates)
         self._parts = max(2, 2 * len(rates) - 2)  # 1 / (1 - D)
         self.bound = 1 - 1 / self._parts if len(rates) > 1 else 0.0
-        self._blocks: collections.OrderedDict[int, _Block] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._blocks: ByteLRU[_Block] = ByteLRU(_BLOCKS_KEPT, lambda block: 1)
+        # Number of the block after the last scheduled one, and draws of each dataset before it.
+        self._last = (0, (0,) * len(rates))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Interleaving, (self.rates,)
@@ -70,7 +70,7 @@ class Interleaving:
             raise IndexError(f"position {position} of an order that starts at 0")
         turn, place = divmod(position, self.period)
         number, offset = divmod(place, _BLOCK)
-        block = self._block(number)
+        block = self._blocks.get(number, lambda: self._schedule(number))
         dataset = int(block.chosen[offset])
         return dataset, turn * self.rates[dataset] + int(block.draws[offset])
 
@@ -79,20 +79,6 @@ class Interleaving:
         turn, place = divmod(position, self.period)
         drawn = self._counts(place)
         return tuple(turn * rate + count for rate, count in zip(self.rates, drawn, strict=True))
-
-    def _block(self, number: int) -> _Block:
-        with self._lock:
-            if (block := self._blocks.get(number)) is not None:
-                self._blocks.move_to_end(number)
-                return block
-            before = self._blocks.get(number - 1)
-        counts = self._counts(number * _BLOCK) if before is None else before.after
-        block = self._schedule(number * _BLOCK, counts)
-        with self._lock:
-            self._blocks[number] = block
-            if len(self._blocks) > _BLOCKS_KEPT:
-                self._blocks.popitem(last=False)
-        return block
 
     def _release(self, dataset: int, draw: int) -> int:
         """First position of a draw: draw + 1 - (position + 1) * share <= D."""
@@ -103,11 +89,13 @@ class Interleaving:
         """Last position of a draw: position * share - draw <= D."""
         return ((draw + 1) * self._parts - 1) * self.period // (self._parts * self.rates[dataset])
 
-    def _schedule(self, start: int, counts: Sequence[int]) -> _Block:
+    def _schedule(self, number: int) -> _Block:
         """Schedules a block by earliest deadline first; ties go to the first dataset."""
+        start = number * _BLOCK
+        following, counts = self._last
+        drawn = list(counts if following == number else self._counts(start))
         length = min(_BLOCK, self.period - start)
         chosen, draws = np.empty(length, np.int32), np.empty(length, np.int64)
-        drawn = list(counts)
         waiting = [(self._release(i, draw), i) for i, draw in enumerate(drawn)]
         heapq.heapify(waiting)
         ready: list[tuple[int, int]] = []
@@ -119,7 +107,8 @@ class Interleaving:
             chosen[offset], draws[offset] = i, drawn[i]
             drawn[i] += 1
             heapq.heappush(waiting, (self._release(i, drawn[i]), i))
-        return _Block(chosen, draws, tuple(drawn))
+        self._last = (number + 1, tuple(drawn))
+        return _Block(chosen, draws)
 
     def _counts(self, position: int) -> tuple[int, ...]:
         """Returns the draws of each dataset before a position of the period, without running the schedule.

@@ -8,21 +8,19 @@ shared by both processes; the parent copies it instead of mapping it, so the chi
 This protects a long-running process (a chat, an expert host) from accidents. It is not a sandbox: the child
 runs as the same user and can read all of that user's files.
 
-This module imports neither jax nor flax nor torch. Run it as a program only through `DecoderProcess`.
+Run this module as a program only through `DecoderProcess`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +28,8 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from vilam3_jax.data import child_process, images, volumes
-from vilam3_jax.data.experts.host_client import FrameError, Message, read_frame, write_frame
+from vilam3_jax.data import images, volumes
+from vilam3_jax.data.experts.host_client import FrameError, FrameProcess, Message, read_frame, write_frame
 from vilam3_jax.data.images import LoadedImage
 from vilam3_jax.data.limits import Limits
 from vilam3_jax.data.volumes import Volume
@@ -53,7 +51,7 @@ _MAX_OPEN_FILES = 64
 _Result = TypeVar("_Result", Volume, LoadedImage)
 
 
-class DecoderProcess:
+class DecoderProcess(FrameProcess):
     """A child process that reads volumes and images, started at the first request and reused.
 
     After a crash, timeout or memory error, the next request starts a new process. Concurrent requests are
@@ -75,13 +73,9 @@ class DecoderProcess:
             result. Enforced on Linux only.
           command: command line of the child.
         """
-        self._timeout = timeout
+        super().__init__(timeout)
         self._memory_bytes = memory_bytes
         self._command = (*command,)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._store: IO[bytes] | None = None
-        self._ids = itertools.count()
-        self._lock = threading.Lock()
 
     def read_volume(self, path: PathLike, **keywords: Any) -> Volume:
         """`volumes.read_volume` in the child, with the same arguments, result and errors.
@@ -118,7 +112,7 @@ class DecoderProcess:
             try:
                 answer = self._exchange(request)
                 if "error" not in answer:
-                    return _unpack(kind, answer["result"], self._store)
+                    return _unpack(kind, answer["result"], self._file)
             except _ChildError as error:
                 self._stop()
                 raise UserError(
@@ -141,7 +135,7 @@ class DecoderProcess:
         if self._process is None or self._process.poll() is not None:
             self._stop()
             self._start()
-        answer = self._receive(request, self._timeout, f"decoding took more than {self._timeout:g} s")
+        answer = self._wait(request, self._timeout, f"decoding took more than {self._timeout:g} s")
         if answer.get("id") != request["id"]:
             raise FrameError("answer out of order")
         if "out_of_memory" in answer:
@@ -149,8 +143,8 @@ class DecoderProcess:
         return answer
 
     def _start(self) -> None:
-        self._store = _anonymous_file()
-        number = self._store.fileno()
+        self._file = _anonymous_file()
+        number = self._file.fileno()
         self._process = subprocess.Popen(
             [*self._command, str(number), str(self._memory_bytes)],
             stdin=subprocess.PIPE,
@@ -160,49 +154,18 @@ class DecoderProcess:
             start_new_session=True,  # Ctrl-C goes to the parent only
         )
         try:
-            self._receive(None, _START_SECONDS, f"loading took more than {_START_SECONDS:g} s")
+            self._wait(None, _START_SECONDS, f"loading took more than {_START_SECONDS:g} s")
         except _ChildError as error:
             raise OSError(str(error)) from None
 
-    def _receive(self, request: Message | None, seconds: float, too_late: str) -> Message:
-        """Sends `request`, if any, and waits for a frame."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        answer = None
-        with child_process.killed_after(process, seconds) as timed_out:
-            try:
-                if request is not None:
-                    write_frame(process.stdin, request)
-                answer = read_frame(process.stdout)
-            except BrokenPipeError:
-                pass
-            except FrameError:
-                if not timed_out.is_set():
-                    raise
-        if timed_out.is_set():
+    def _wait(self, request: Message | None, seconds: float, too_late: str) -> Message:
+        answer, late = self._receive(request, seconds)
+        if late:
             raise _ChildError(too_late)
         if answer is None:
-            raise _ChildError(_exit_reason(process))
+            assert self._process is not None  # it ended
+            raise _ChildError(_exit_reason(self._process))
         return answer
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            child_process.kill(self._process)
-            self._process = None
-        if self._store is not None:
-            self._store.close()
-            self._store = None
-
-    def close(self) -> None:
-        """Ends the process."""
-        with self._lock:
-            self._stop()
-
-    def __enter__(self) -> DecoderProcess:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class _ChildError(Exception):

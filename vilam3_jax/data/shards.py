@@ -11,6 +11,7 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from vilam3_jax.data.caches import ByteLRU
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
@@ -28,11 +29,10 @@ class ShardReaders:
         """Opens no shard. `directory` is a local folder or a `gs://` prefix."""
         self._directory = paths.as_path(directory)
         self._remote = "://" in os.fspath(self._directory)
-        self._readers: dict[str, ArrayRecordReader] = {}  # ordered by last use
+        self._readers: ByteLRU[ArrayRecordReader] = ByteLRU(_MAX_OPEN, lambda reader: 1)
         self._copies: tempfile.TemporaryDirectory[str] | None = None
         self._fetched: dict[str, str] = {}  # name -> local copy that could be opened
         self._lock = threading.Lock()
-        self._opening: dict[str, threading.Lock] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReaders, (self._directory,)  # worker processes open their own files
@@ -44,34 +44,21 @@ class ShardReaders:
           UnavailableError: the shard is missing, damaged as a whole, or cannot be fetched.
           ValueError, IndexError, RuntimeError: the record is damaged or missing.
         """
-        reader = self._reader(name, records)
+        reader = self._readers.get(name, lambda: self._open(name, records))
         try:
             return self._record(reader, record)
         except RuntimeError:
             # A damaged record or a stale file handle; local copies cannot be stale.
             if self._remote:
                 raise
-        with self._lock:  # unless another thread has reopened it
-            if self._readers.get(name) is reader:
-                del self._readers[name]
-        return self._record(self._reader(name, records), record)
+        self._readers.discard(name, reader)  # unless another thread has reopened it
+        return self._record(self._readers.get(name, lambda: self._open(name, records)), record)
 
     def _record(self, reader: ArrayRecordReader, record: int) -> bytes:
         with self._lock:
             # A range, because for a list of records the reader first scans all groups of the shard.
             (data,) = reader.read(record, record + 1)
         return data
-
-    def _reader(self, name: str, records: int | None) -> ArrayRecordReader:
-        with self._lock:
-            reader = self._readers.pop(name, None)
-            if reader is not None:
-                self._readers[name] = reader
-            opening = self._opening.setdefault(name, threading.Lock())
-        if reader is not None:
-            return reader
-        with opening:
-            return self._readers.get(name) or self._open(name, records)
 
     def _open(self, name: str, records: int | None) -> ArrayRecordReader:
         path = self._directory / name
@@ -88,13 +75,9 @@ class ShardReaders:
             raise UnavailableError(
                 f"{path}: cannot be read ({error}); check its disk or network and start again, or restore it"
             ) from error
-        with self._lock:
-            self._readers[name] = reader
-            if self._remote:
-                self._fetched[name] = local
-            if len(self._readers) > _MAX_OPEN:
-                del self._readers[next(iter(self._readers))]  # closed once no thread uses it
-        return reader
+        if self._remote:
+            self._fetched[name] = local
+        return reader  # closed once it is evicted and no thread uses it
 
     def _fetch(self, path: Any) -> str:
         with self._lock:

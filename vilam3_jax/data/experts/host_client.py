@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import msgpack
 
@@ -70,7 +70,57 @@ def read_frame(source: IO[bytes]) -> Message | None:
     return message
 
 
-class ExpertHost:
+class FrameProcess:
+    """A child process that answers frames, one at a time; a context manager. Subclasses start it."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._file: IO[bytes] | None = None  # shared with the process, and closed after it
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+
+    def _receive(self, request: Message | None, seconds: float) -> tuple[Message | None, bool]:
+        """Sends `request`, if any, and reads a frame; None if the process ended, and True if it was late.
+
+        A late process is killed. Raises `FrameError` or `OSError` for anything but a frame.
+        """
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        answer = None
+        with child_process.killed_after(process, seconds) as timed_out:
+            try:
+                if request is not None:
+                    write_frame(process.stdin, request)
+                answer = read_frame(process.stdout)
+            except BrokenPipeError:
+                pass
+            except (OSError, FrameError):
+                if not timed_out.is_set():
+                    raise
+        return answer, timed_out.is_set()
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            child_process.kill(self._process)
+            self._process = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ExpertHost(FrameProcess):
     """Starts the host at the first request, and sends one request at a time; a context manager."""
 
     def __init__(
@@ -89,13 +139,9 @@ class ExpertHost:
           timeout: seconds for one answer, including loading the expert; the host is killed after that.
           environment: environment variables of the host, instead of those of this process.
         """
+        super().__init__(timeout)
         self._command = [*command, *(("--weights", os.fspath(weights)) if weights is not None else ())]
-        self._timeout = timeout
         self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stderr: Any = None
-        self._ids = itertools.count()
-        self._lock = threading.Lock()
 
     def ask(
         self,
@@ -141,19 +187,10 @@ class ExpertHost:
         return annotation
 
     def _exchange(self, request: Message) -> Message:
-        process = self._process
-        if process is None or process.poll() is not None:
-            process = self._start()
-        assert process.stdin is not None and process.stdout is not None
-        with child_process.killed_after(process, self._timeout) as timed_out:
-            try:
-                write_frame(process.stdin, request)
-                response = read_frame(process.stdout)
-            except (OSError, FrameError):
-                if not timed_out.is_set():
-                    raise
-                response = None
-        if timed_out.is_set():
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        response, late = self._receive(request, self._timeout)
+        if late:
             raise FrameError(f"no answer within {self._timeout:g} s")
         if response is None:
             raise OSError("it ended without an answer")
@@ -161,43 +198,23 @@ class ExpertHost:
             raise FrameError(f"answer out of order ({response.get('error')})")
         return response
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
         self._stop()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by _stop
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by _stop
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            self._command, stdin=pipe, stdout=pipe, stderr=self._stderr, env=self._environment
+            self._command, stdin=pipe, stdout=pipe, stderr=self._file, env=self._environment
         )
-        return self._process
 
     def _crash(self, error: OSError) -> str:
         """Describes a crash: exit code and last line of stderr."""
-        if self._process is None:
+        if self._process is None or self._file is None:
             return f"expert host does not start ({error}); install vilam3-experts or give its path"
         try:
             code: int | None = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             code = None
-        self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, self._stderr.tell() - _STDERR_TAIL))
-        last = self._stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+        self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(0, self._file.tell() - _STDERR_TAIL))
+        last = self._file.read().decode(errors="replace").strip().splitlines()[-1:]
         return f"expert host crashed (exit code {code}): {' '.join(last) or error}"
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            child_process.kill(self._process)
-            self._process = None
-        if self._stderr is not None:
-            self._stderr.close()
-            self._stderr = None
-
-    def close(self) -> None:
-        """Ends the host."""
-        with self._lock:
-            self._stop()
-
-    def __enter__(self) -> ExpertHost:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

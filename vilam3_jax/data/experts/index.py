@@ -30,7 +30,8 @@ from typing import Any, NamedTuple, cast
 import msgpack
 import numpy as np
 
-from vilam3_jax.data.experts.record import Key
+from vilam3_jax.data.content_keys import DECODER_VERSION
+from vilam3_jax.data.experts.record import SCHEMA_VERSION, Key
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
@@ -96,13 +97,6 @@ class Entry(NamedTuple):
     stamp: int  # commit time, nanoseconds since 1970
 
 
-class Versions(NamedTuple):
-    """Versions of the record schema and the image decoder that a store was written with."""
-
-    schema: int
-    decoder: int
-
-
 def _input_bytes(input_key: str) -> bytes:
     """32 bytes for an input key: the key itself if it is a SHA-256, else the SHA-256 of its text."""
     if _SHA256.fullmatch(input_key):
@@ -125,13 +119,13 @@ class Index:
         self._shard_codes: dict[str, int] = {}
         self._merged: np.ndarray | None = None
 
-    def add_file(self, data: bytes | mmap.mmap, versions: Versions) -> None:
+    def add_file(self, data: bytes | mmap.mmap) -> None:
         """Adds the rows of an index file; a memory mapping stays referenced.
 
         Raises `ValueError`, `KeyError`, `TypeError` or `UnpackException` for a damaged file, and `UserError`
         without its name for one of other versions.
         """
-        header, rows = _parse(data, versions)
+        header, rows = _parse(data)
         calls = [self._call_code(Outcome(*map(str, fields))) for fields in header["calls"]]
         shards = [self._shard_code(Shard(str(n), int(r), int(s))) for n, r, s in header["shards"]]
         self._texts |= {_input_bytes(text): text for text in header["texts"]}
@@ -296,7 +290,7 @@ class Index:
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
-    def to_bytes(self, versions: Versions) -> bytes:
+    def to_bytes(self) -> bytes:
         """The content of this index's file. Its tables hold only what rows refer to."""
         rows = self.rows().copy()
         calls, rows["call"] = np.unique(rows["call"], return_inverse=True)
@@ -307,8 +301,8 @@ class Index:
             texts = sorted(text for digest, text in self._texts.items() if digest in known)
         header: Any = msgpack.packb(
             {
-                "schema_version": versions.schema,
-                "decoder_version": versions.decoder,
+                "schema_version": SCHEMA_VERSION,
+                "decoder_version": DECODER_VERSION,
                 "rows": len(rows),
                 "shards": [list(self.shards[code]) for code in shards],
                 "calls": [list(self.calls[code]) for code in calls],
@@ -338,7 +332,7 @@ def _rows_of(rows: np.ndarray, digest: bytes) -> Iterator[np.void]:
         position += 1
 
 
-def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any], np.ndarray]:
+def _parse(data: bytes | mmap.mmap) -> tuple[dict[str, Any], np.ndarray]:
     view = memoryview(data)
     start = len(_MAGIC) + 8
     if bytes(view[: len(_MAGIC)]) != _MAGIC or len(view) < start + 4:
@@ -347,12 +341,12 @@ def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any],
         raise ValueError("checksum mismatch")
     end = start + int.from_bytes(view[len(_MAGIC) : start], "little")
     header = msgpack.unpackb(view[start:end], raw=False)
-    if header["schema_version"] != versions.schema:
-        raise wrong_schema(header["schema_version"], versions.schema)
-    if header["decoder_version"] != versions.decoder:
+    if header["schema_version"] != SCHEMA_VERSION:
+        raise wrong_schema(header["schema_version"])
+    if header["decoder_version"] != DECODER_VERSION:
         raise UserError(
             f"content keys of decoder version {header['decoder_version']}, this version computes keys of "
-            f"version {versions.decoder}; annotate into a new folder"
+            f"version {DECODER_VERSION}; annotate into a new folder"
         )
     rows = np.frombuffer(view[end + -end % _ALIGN : -4], ROW)
     if len(rows) != header["rows"]:
@@ -366,9 +360,9 @@ def _parse(data: bytes | mmap.mmap, versions: Versions) -> tuple[dict[str, Any],
     return header, rows
 
 
-def wrong_schema(found: object, expected: int) -> UserError:
+def wrong_schema(found: object) -> UserError:
     """The error for a store of another schema; the message lacks the file name."""
-    return UserError(f"schema {found}, this version reads {expected}; annotate into a new folder")
+    return UserError(f"schema {found}, this version reads {SCHEMA_VERSION}; annotate into a new folder")
 
 
 def open_file(path: str) -> bytes | mmap.mmap:
@@ -395,7 +389,7 @@ def open_file(path: str) -> bytes | mmap.mmap:
         raise UserError(f"{path}: cannot be read ({error}); check the path") from error
 
 
-def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]], versions: Versions) -> Index:
+def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]]) -> Index:
     """Merges index files, given as (path, content); the first one stays mapped, so put the largest first.
 
     Raises `UserError` for a file that is damaged or of another version.
@@ -403,7 +397,7 @@ def read_index(files: Iterable[tuple[str, bytes | mmap.mmap]], versions: Version
     index = Index()
     for path, data in files:
         try:
-            index.add_file(data, versions)
+            index.add_file(data)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:

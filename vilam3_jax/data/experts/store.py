@@ -62,14 +62,13 @@ class AnnotationWriter:
         *,
         records_per_shard: int = 256,
         seconds_per_shard: float = 30.0,
-        bytes_per_shard: int = SHARD_BYTES,
     ) -> None:
         """Opens or creates the store and reads its keys.
 
         Args:
           directory: local or `gs://` folder.
-          records_per_shard, seconds_per_shard, bytes_per_shard: a shard is committed when it reaches one of
-            these limits, so a kill loses at most that much work.
+          records_per_shard, seconds_per_shard: a shard is committed when it reaches one of these limits or
+            `SHARD_BYTES`, so a kill loses at most that much work.
 
         Raises:
           UserError: the folder cannot be created or an index in it is damaged.
@@ -80,7 +79,7 @@ class AnnotationWriter:
         except OSError as error:
             raise UserError(f"{directory}: cannot be created ({error}); choose another folder") from error
         self._index = files.load(self.directory).index
-        self._limits = (records_per_shard, seconds_per_shard, bytes_per_shard)
+        self._limits = (records_per_shard, seconds_per_shard)
         self._run = files.run_name()
         self._shards = 0
         # Later than every stored record, even if the clock of this host is behind.
@@ -116,9 +115,9 @@ class AnnotationWriter:
         self._pending.append((entry, data))
         self._pending_status[annotation.key] = annotation.status
         self._bytes += len(data)
-        records, seconds, size = self._limits
+        records, seconds = self._limits
         elapsed = time.monotonic() - self._started
-        if len(self._pending) >= records or self._bytes >= size or elapsed >= seconds:
+        if len(self._pending) >= records or self._bytes >= SHARD_BYTES or elapsed >= seconds:
             self.flush()
         return True
 
@@ -135,7 +134,7 @@ class AnnotationWriter:
         entries = [entry for entry, _ in self._pending]
         shard_index = Index()
         shard_index.add_shard(shard, entries)
-        content = shard_index.to_bytes(files.versions())
+        content = shard_index.to_bytes()
         paths.write_bytes_durable(self.directory / (name + files.INDEX_SUFFIX), content)
         self._index.add_shard(shard, entries)
         self._index.merge_similar_layers()
@@ -245,25 +244,16 @@ class AnnotationStore:
 
 @dataclasses.dataclass(frozen=True)
 class StoreInfo:
-    """Size and content of a store.
+    """Size and content of a store."""
 
-    Attributes:
-      records: number of keys.
-      calls: number of keys per expert, argument, version and status.
-      stored: number of records, including those replaced by later ones.
-      shards, shard_bytes: number and total size of the shards.
-      indexes, index_bytes: number and total size of the index files.
-      digest: SHA-256 (hex) of the answers, see `Index.digest`.
-    """
-
-    records: int
-    calls: dict[Outcome, int]
-    stored: int
-    shards: int
-    shard_bytes: int
-    indexes: int
-    index_bytes: int
-    digest: str
+    records: int  # number of keys
+    calls: dict[Outcome, int]  # number of keys per expert, argument, version and status
+    stored: int  # number of records, including those replaced by later ones
+    shards: int  # number of shards
+    shard_bytes: int  # their total size
+    indexes: int  # number of index files
+    index_bytes: int  # their total size
+    digest: str  # SHA-256 (hex) of the answers, see `Index.digest`
 
 
 def store_info(directory: paths.PathLike) -> StoreInfo:
@@ -309,7 +299,7 @@ def compact(directory: paths.PathLike, *, bytes_per_shard: int = SHARD_BYTES) ->
         if len(before.names) > 1 or moving:
             merged = _rewrite(folder, index, moving, bytes_per_shard)
             name = f"{files.MERGED_PREFIX}{files.run_name()}{files.INDEX_SUFFIX}"
-            paths.write_bytes_durable(folder / name, merged.to_bytes(files.versions()))
+            paths.write_bytes_durable(folder / name, merged.to_bytes())
             if not is_held():
                 raise UnavailableError(
                     f"{folder}: another compaction has begun; nothing was removed, start again"

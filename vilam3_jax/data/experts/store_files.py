@@ -14,10 +14,8 @@ from typing import NamedTuple
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from vilam3_jax.data.content_keys import DECODER_VERSION
 from vilam3_jax.data.experts import index as index_lib
-from vilam3_jax.data.experts.index import Index, Shard, Versions
-from vilam3_jax.data.experts.record import SCHEMA_VERSION
+from vilam3_jax.data.experts.index import Index, Shard
 from vilam3_jax.data.shards import ShardReaders
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
@@ -66,7 +64,7 @@ def load(folder: epath.Path, names: frozenset[str] | None = None) -> LoadedIndex
         except FileNotFoundError:
             names = None
             continue
-        index = index_lib.read_index(zip(files, contents, strict=True), versions())
+        index = index_lib.read_index(zip(files, contents, strict=True))
         return LoadedIndex(index, names, sum(map(len, contents)))
     raise _unstable(folder, "read")
 
@@ -110,15 +108,11 @@ def _old_schema(path: epath.Path) -> UserError:
         found = json.loads(paths.read_bytes(path, _MAX_OLD_INDEX_BYTES))["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         return UserError(f"{path}: damaged index ({error}); delete it and annotate again")
-    return UserError(f"{path}: {index_lib.wrong_schema(found, SCHEMA_VERSION)}")
+    return UserError(f"{path}: {index_lib.wrong_schema(found)}")
 
 
 def run_name() -> str:
     return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-
-
-def versions() -> Versions:
-    return Versions(SCHEMA_VERSION, DECODER_VERSION)
 
 
 def read_record(

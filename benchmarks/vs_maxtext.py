@@ -127,7 +127,11 @@ def compare(folder: Path, options: str) -> int:
             print(f"{name}: a kernel of unknown shape: {[kernel.name for kernel, _ in cost.kernels]}")
             return 1
         attention = sum((flops or 0.0) * times for flops, times in kernels)
-        waiting = sum(item.wire_bytes * times for item, times in cost.collectives if not item.overlapped)
+        waiting = sum(
+            times * hlo.wire_bytes(item.kind, item.payload, len(item.group))
+            for item, times in cost.collectives
+            if not item.overlapped
+        )
         rows[name] = {
             "cycles": cost.cycles,
             "kernels' roofline cycles": attention / chip.flops * chip.clock,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vilam3_jax.errors import UserError
+
 __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from vilam3_jax.errors import UserError
     from vilam3_jax.inference.chat import load
 
 
@@ -21,8 +22,4 @@ def __getattr__(name: str) -> Any:
         from vilam3_jax.inference.chat import load
 
         return load
-    if name == "UserError":
-        from vilam3_jax.errors import UserError
-
-        return UserError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

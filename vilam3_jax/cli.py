@@ -73,19 +73,15 @@ def run() -> None:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: vilam3 COMMAND [ARGUMENTS]",
-            "",
-            "A medical vision-language model that asks domain experts for help.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`vilam3 COMMAND --help` explains one command.",
-        ]
-    )
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"""usage: vilam3 COMMAND [ARGUMENTS]
+
+A medical vision-language model that asks domain experts for help.
+
+commands:
+{commands}
+
+`vilam3 COMMAND --help` explains one command."""
 
 
 if __name__ == "__main__":

@@ -96,8 +96,10 @@ def recipe_path(spec: str) -> str:
     raise UserError(f"{path}: no such config; shipped ones are configs/ + {', '.join(known)}")
 
 
-def usage(command: str, needs: str, purpose: str, values: flags.FlagValues, names: Sequence[str]) -> str:
-    """The help of a command that takes a recipe: its form, its purpose, and the named flags of `values`."""
+def usage(argv: Sequence[str], command: str, needs: str, purpose: str, values: flags.FlagValues) -> str:
+    """The help of a command that takes a recipe and the flags `values`; '' if `argv` does not ask for it."""
+    if not {"-h", "--help", "--helpfull"} & set(argv):
+        return ""
     lines = [
         f"usage: vilam3 {command} --config=FILE[:ARG] {needs} [--config.KEY=VALUE ...]",
         "",
@@ -106,7 +108,7 @@ def usage(command: str, needs: str, purpose: str, values: flags.FlagValues, name
         "  --config=FILE[:ARG]  recipe and its argument, such as configs/stage3_instruct.py:tiny",
         "  --config.KEY=VALUE   change one key, such as --config.num_steps=10 or --config.mesh.fsdp=4",
     ]
-    return "\n".join(lines + [f"  --{name:<18} {values[name].help}" for name in names])
+    return "\n".join(lines + [f"  --{name:<18} {values[name].help}" for name in values])
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> RunConfig:

@@ -132,7 +132,12 @@ def _train(
             monitor.write(step, evaluate(step, state, swapped=step > 0))
 
         def save(step: int, state: TrainState) -> None:
-            record = _run_record(config, monitor.clock, provenance)
+            record = {
+                "config": config.to_dict(),
+                "versions": run_checkpoints.versions(),
+                "clock": dataclasses.asdict(monitor.clock),
+                "provenance": provenance,
+            }
             checkpoints.save(step, state.to_tree(), loader.get_state(), record)
             if counted := skipped.add(loader.stats.skipped, loader.stats.missing.total()):
                 monitor.write(step, counted)
@@ -221,15 +226,6 @@ def _answers(program: Program) -> evaluation.Answer | None:
     )
 
 
-def _run_record(config: RunConfig, clock: telemetry.Clock, provenance: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "config": config.to_dict(),
-        "versions": run_checkpoints.versions(),
-        "clock": dataclasses.asdict(clock),
-        "provenance": provenance,
-    }
-
-
 def _result(
     config: RunConfig, workdir: paths.PathLike, step: int, clock: telemetry.Clock, finished: bool
 ) -> Result:
@@ -277,10 +273,9 @@ def main(argv: Sequence[str]) -> int:
     )
     flags.DEFINE_boolean("quiet", False, "No progress bar.", flag_values=values)
     processes.define_flags(values)
-    if {"-h", "--help", "--helpfull"} & set(argv):
-        purpose = "Trains any stage; run the same command again to resume."
-        names = ("workdir", "stop_after", "quiet", *processes.FLAGS)
-        print(config_lib.usage("train", "--workdir=DIR", purpose, values, names))
+    purpose = "Trains any stage; run the same command again to resume."
+    if text := config_lib.usage(argv, "train", "--workdir=DIR", purpose, values):
+        print(text)
         return 0
     config = config_lib.parse(argv, values)
     if not values["workdir"].value:

@@ -79,7 +79,7 @@ def seconds(name, kind, payload, group):
     wanted = topology.parse(name)
     devices = sorted(wanted.devices(), key=lambda d: (getattr(d, "slice_index", 0) or 0, *d.coords, d.id))
     group = range(len(devices)) if group is None else group
-    return estimate.transfer_seconds(hlo.Collective(kind, payload, tuple(group), False, ""), wanted, devices)
+    return estimate.transfer_seconds(hlo.Collective(kind, payload, tuple(group), False), wanted, devices)
 
 
 def test_transfers_by_hand():

@@ -58,8 +58,8 @@ def compile_lowered(lowered: Any) -> Compiled:
     return Compiled(compiled.as_text(), needed, max(assigned - held, 0.0))
 
 
-# Memories other than HBM have a `color`.
-_ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?! color)(.*):$", re.MULTILINE)
+# Memories other than HBM have a `color`; those marked "thread-local" are shared, see `_assigned`.
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?! color)(?!.*thread-local).*:$", re.MULTILINE)
 
 
 def _assigned(folder: paths.PathLike) -> float:
@@ -77,12 +77,7 @@ def _assigned(folder: paths.PathLike) -> float:
     """
     children = paths.children(paths.as_path(folder))
     texts = [path.read_text() for path in children if path.name.endswith("-buffer-assignment.txt")]
-    sizes = [
-        int(match[1])
-        for text in texts
-        for match in _ALLOCATION.finditer(text)
-        if "thread-local" not in match[2]
-    ]
+    sizes = [int(size) for text in texts for size in _ALLOCATION.findall(text)]
     if len(texts) != 1 or not sizes:
         raise UserError("libtpu did not report the memory of the step; install the version in constraints/")
     return float(sum(sizes))

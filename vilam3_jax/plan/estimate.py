@@ -21,8 +21,6 @@ from vilam3_jax.training import program as program_lib
 from vilam3_jax.training.chips import Chip
 from vilam3_jax.training.run_config import RunConfig
 
-ACCOUNTING = "ViT + projector + LLM, causal attention halved, padding and recomputation excluded"
-
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -109,7 +107,7 @@ class Plan:
     hours: tuple[float, float] | None = None
     chip_hours: tuple[float, float] | None = None
     cost: tuple[float, float] | None = None
-    accounting: str = ACCOUNTING
+    accounting: str = "ViT + projector + LLM, causal attention halved, padding and recomputation excluded"
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,9 +157,9 @@ def make_plan(
         return plan
     compiled = cache.compile(program, topology)
     needed, temporary = chip.devices * compiled.needed, chip.devices * compiled.temporary
-    memory = Memory(*resident, temporary, needed, chip.hbm_bytes)
     if not compiled.text:
-        memory = Memory(*resident, max(needed - sum(resident), 0.0), needed, chip.devices * compiled.limit)
+        temporary = max(needed - sum(resident), 0.0)
+    memory = Memory(*resident, temporary, needed, chip.devices * compiled.limit or chip.hbm_bytes)
     plan = dataclasses.replace(plan, memory=memory)
     if not compiled.text or not memory.fits:  # XLA limits only temporaries, so also check the total
         return plan

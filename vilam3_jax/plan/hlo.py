@@ -32,18 +32,16 @@ _BYTES = {
     **dict.fromkeys(("s4", "u4", "f4e2m1fn"), 0.5),
 }
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-)
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+)  # fmt: skip
 KERNEL = "tpu_custom_call"
 _PRODUCTS = ("convolution", "dot")
 _SPARSE_CORE_CALLS = ("call-start", "custom-call-start")  # of libtpu 0.0.42 and 0.0.52
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = ")
+# Result, opcode, operands and attributes. Types contain brackets, but no name before a round one.
+_PARTS = re.compile(r"(.+?) ([\w-]+)\(((?:[^()]|\([^()]*\))*)\)(.*)", re.DOTALL)
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
+_RENDEZVOUS = '_xla_host_transfer_rendezvous="([^"]*)"'  # key that a `send` shares with its `recv`
 _RANGE = re.compile(r"(\d+)(?::(\d+))?")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\]")
 
@@ -87,11 +85,6 @@ class Instruction:
         return self.find(r"channel_id=(\d+)") or self.name
 
     @property
-    def rendezvous(self) -> str:
-        """Key that a `send` shares with its `recv`."""
-        return self.find('_xla_host_transfer_rendezvous="([^"]*)"')
-
-    @property
     def source(self) -> str:
         """JAX's name of the operation that it implements."""
         return self.find('op_name="([^"]*)"')
@@ -106,19 +99,12 @@ class Collective:
       payload: global bytes: the result of an all-gather, the operand of a reduction.
       group: partition ids of one group; for a permute, of one pair. Ids continue from slice to slice.
       overlapped: whether it runs in parallel with other work.
-      source: JAX's name of the operation.
     """
 
     kind: str
     payload: float
     group: tuple[int, ...]
     overlapped: bool
-    source: str
-
-    @property
-    def wire_bytes(self) -> float:
-        """Bytes that a device sends."""
-        return wire_bytes(self.kind, self.payload, len(self.group))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +150,8 @@ class Cost:
         """Kind of collective → bytes that a device sends."""
         total: dict[str, float] = {}
         for item, count in self.collectives:
-            total[item.kind] = total.get(item.kind, 0.0) + count * item.wire_bytes
+            sent = wire_bytes(item.kind, item.payload, len(item.group))
+            total[item.kind] = total.get(item.kind, 0.0) + count * sent
         return {kind: total[kind] for kind in COLLECTIVES if total.get(kind)}
 
 
@@ -195,7 +182,8 @@ class _Reader:
             self._computations[name] = {item.name: item for item in map(_instruction, lines)}
             self.entry = name if is_entry else self.entry
         self._dynamic_trips = dynamic_trips
-        self._devices = _device_count(text)
+        counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
+        self._devices = max(map(int, counts), default=1)
         self._memo: dict[str, Cost] = {}
         self._products: dict[str, float] = {}
         # Channels of asynchronous collectives, which the fusions between start and done repeat.
@@ -234,11 +222,16 @@ class _Reader:
             name = re.sub(r"[.\d]+$", "", inst.name)
             cost.kernels.append((Kernel(name, inst.source, inputs, inst.result), 1))
         elif opcode == "while":
-            self._count_while(cost, inst, body)
+            if (trips := self._trips(inst, body)) is None:
+                cost.dynamic_loops.append(inst.source or inst.name)
+                trips = self._dynamic_trips
+            cost.add(self.cost(inst.called("body")), trips)
         elif opcode == "send" and (between := self._between_slices(inst, body)):
             cost.collectives.append((between, 1))
         elif opcode == "conditional":
-            branches = [self.cost(name) for name in _branches(inst)]
+            both = (inst.called("true_computation"), inst.called("false_computation"))
+            listed = inst.find(r"branch_computations=\{([^}]*)\}") or " ".join(both)
+            branches = [self.cost(name) for name in re.findall(r"[^\s,%]+", listed)]
             cost.add(max(branches, key=lambda branch: branch.cycles, default=Cost()))
         elif opcode == "fusion" and called:
             self._count_fusion(cost, called, known)
@@ -255,25 +248,15 @@ class _Reader:
         body = self._computations.get(called, {})
         marker = _async_marker(body)
         transfers = [inner for inner in body.values() if _kind(inner.opcode)]
-        if marker == "AsyncCollectiveDone":
-            return
-        if marker or transfers:
-            for inner in transfers:
-                kind = _kind(inner.opcode)
-                if not marker and inner.channel in self._started:
-                    continue
-                if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"
-                cost.collectives.append((self._collective(kind, inner, overlapped=bool(marker)), 1))
-        elif not known:
+        if not (marker or transfers or known):
             cost.add(self.cost(called))
-
-    def _count_while(self, cost: Cost, inst: Instruction, body: dict[str, Instruction]) -> None:
-        trips = self._trips(inst, body)
-        if trips is None:
-            cost.dynamic_loops.append(inst.source or inst.name)
-            trips = self._dynamic_trips
-        cost.add(self.cost(inst.called("body")), trips)
+        for inner in transfers:
+            if marker == "AsyncCollectiveDone" or (not marker and inner.channel in self._started):
+                continue
+            kind = _kind(inner.opcode)
+            if kind == "all-reduce" and called.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            cost.collectives.append((self._collective(kind, inner, overlapped=bool(marker)), 1))
 
     def _trips(self, inst: Instruction, body: dict[str, Instruction]) -> int | None:
         """Trips of a loop; None if its bound is computed."""
@@ -306,12 +289,13 @@ class _Reader:
         payload = sum(shape.bytes for shape in results)
         if kind == "reduce-scatter" and inst.opcode.startswith("reduce-scatter"):
             payload *= len(group)
-        return Collective(kind, payload, group, overlapped, inst.source)
+        return Collective(kind, payload, group, overlapped)
 
     def _between_slices(self, send: Instruction, body: dict[str, Instruction]) -> Collective | None:
         """The collective between slices that a `send` starts; None for other host transfers."""
         kind = send.find(r'_xla_megascale_transfer_type="(\w+)"')
         target = send.find(r'_xla_megascale_target="\{([\d,:]+)\}')
+        own = send.find(_RENDEZVOUS)
         if not kind or not target:
             return None
         slices = sum(int(last or first) - int(first) + 1 for first, last in _RANGE.findall(target))
@@ -321,15 +305,14 @@ class _Reader:
         # Instructions are in order of execution; those before `recv-done` overlap.
         overlapped = False
         for inst in list(body.values())[list(body).index(send.name) :]:
-            if inst.opcode == "recv-done" and body[inst.operands[0]].rendezvous == send.rendezvous:
+            if inst.opcode == "recv-done" and body[inst.operands[0]].find(_RENDEZVOUS) == own:
                 break
             overlapped = overlapped or inst.opcode in ("fusion", "while", "convolution", "dot")
-        return Collective(name, payload, group, overlapped, send.source)
+        return Collective(name, payload, group, overlapped)
 
     def _product_flops(self, inst: Instruction, body: dict[str, Instruction]) -> float:
         """Operations of the products in an instruction; too high for products with batch dimensions."""
-        called = inst.called("calls") if inst.opcode == "fusion" else ""
-        if called:
+        if inst.opcode == "fusion" and (called := inst.called("calls")):
             if called not in self._products:
                 inside = self._computations.get(called, {})
                 self._products[called] = sum(self._product_flops(inner, inside) for inner in inside.values())
@@ -350,7 +333,7 @@ def _blocks(text: str) -> Iterator[tuple[bool, str, list[str]]]:
             if not line.startswith(" ") and (header := _COMPUTATION.match(line)):
                 lines = []
             continue
-        if lines and _open_string(lines[-1]):
+        if lines and (lines[-1].count('"') - lines[-1].count('\\"')) % 2:  # inside a string
             lines[-1] += "\n" + line
         elif line == "}" or line.startswith("}, execution_thread"):
             yield bool(header[1]), header[2], lines
@@ -361,39 +344,19 @@ def _blocks(text: str) -> Iterator[tuple[bool, str, list[str]]]:
             lines[-1] += "\n" + line
 
 
-def _open_string(text: str) -> bool:
-    return (text.count('"') - text.count('\\"')) % 2 == 1
-
-
 def _instruction(line: str) -> Instruction:
-    match = _INSTRUCTION.match(line)
-    assert match is not None
-    rest = line[match.end() :]
-    cut = _closing(rest) if rest.startswith("(") else rest.index(" ")
-    result, rest = rest[:cut], rest[cut:].lstrip()
-    opcode, rest = rest[: rest.index("(")], rest[rest.index("(") :]
-    cut = _closing(rest)
-    operands, attributes = rest[1 : cut - 1], rest[cut:]
-    names = tuple(re.findall(r"%([^\s,)]+)", operands))
-    return Instruction(match[1], _shapes(result), opcode, names, attributes, operands)
-
-
-def _closing(text: str) -> int:
-    """Index after the bracket that closes the first one."""
-    depth = 0
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return place + 1
-    raise ValueError(f"unbalanced brackets: {text[:80]}")
-
-
-def _shapes(text: str) -> tuple[Shape, ...]:
-    return tuple(
+    name = _INSTRUCTION.match(line)
+    assert name is not None
+    parts = _PARTS.fullmatch(line, name.end())
+    assert parts is not None, line[:80]
+    result, opcode, operands, attributes = parts.groups()
+    shapes = tuple(
         Shape(dtype, tuple(int(size) for size in dims.split(",") if size))
-        for dtype, dims in _SHAPE.findall(text)
+        for dtype, dims in _SHAPE.findall(result)
         if dtype in _BYTES
     )
+    names = tuple(re.findall(r"%([^\s,)]+)", operands))
+    return Instruction(name[1], shapes, opcode, names, attributes, operands)
 
 
 def _kind(opcode: str) -> str:
@@ -419,18 +382,6 @@ def _through_copies(body: dict[str, Instruction], name: str) -> Instruction | No
     while inst is not None and inst.opcode in ("copy", "bitcast", "convert") and inst.operands:
         inst = body.get(inst.operands[0])
     return inst
-
-
-def _branches(inst: Instruction) -> list[str]:
-    if names := inst.find(r"branch_computations=\{([^}]*)\}"):
-        return re.findall(r"%?([^\s,]+)", names)
-    return [name for key in ("true_computation", "false_computation") if (name := inst.called(key))]
-
-
-def _device_count(text: str) -> int:
-    head = text[: text.find("\n")]
-    counts = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", head)]
-    return max(counts, default=1)
 
 
 def _group(attributes: str, devices: int) -> tuple[int, ...]:

@@ -25,8 +25,6 @@ from vilam3_jax.runtime import paths
 from vilam3_jax.training.chips import GIB
 from vilam3_jax.training.run_config import RunConfig
 
-_CACHE = "~/.cache/vilam3/plan"
-
 
 def table(plan: Plan) -> str:
     """A plan as text."""
@@ -106,7 +104,8 @@ def _span(pair: tuple[float, float], divisor: float = 1, digits: int = 0) -> str
     return first if first == second else f"{first} to {second}"
 
 
-def _flags() -> flags.FlagValues:
+def main(argv: Sequence[str]) -> int:
+    """Runs `vilam3 plan`; returns 0 also if the step does not fit."""
     values = flags.FlagValues()
     names = "v5p:4x4x4 or v5p-128, 2xv5p-128 for two slices; several with commas, smallest first."
     flags.DEFINE_string("topology", None, names, values)
@@ -115,17 +114,10 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_string("json", None, "Also write the plans to this file.", values)
     flags.DEFINE_boolean("search", False, "Try meshes, remat policies and rows; print the best.", values)
     flags.DEFINE_integer("compiles", 12, "Most compiles of a search, per topology.", 1, flag_values=values)
-    flags.DEFINE_string("cache", _CACHE, "Folder of compiled steps.", values)
-    return values
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs `vilam3 plan`; returns 0 also if the step does not fit."""
-    values = _flags()
-    if {"-h", "--help", "--helpfull"} & set(argv):
-        purpose = "Compiles the training step for TPUs on this CPU: memory, speed, cost. Needs libtpu."
-        names = ("topology", "slices", "price", "json", "search", "compiles", "cache")
-        print(config_lib.usage("plan", "--topology=NAME[,NAME ...]", purpose, values, names))
+    flags.DEFINE_string("cache", "~/.cache/vilam3/plan", "Folder of compiled steps.", values)
+    purpose = "Compiles the training step for TPUs on this CPU: memory, speed, cost. Needs libtpu."
+    if text := config_lib.usage(argv, "plan", "--topology=NAME[,NAME ...]", purpose, values):
+        print(text)
         return 0
     config = config_lib.parse(argv, values)
     if not values["topology"].value:
@@ -146,10 +138,8 @@ def main(argv: Sequence[str]) -> int:
     if len(wanted) > 1:
         fitting = [plan for plan in plans if plan.memory.fits]
         smallest = min(fitting, key=lambda plan: plan.chips, default=None)
-        found = (
-            f"smallest that fits: {smallest.topology}, {smallest.chips} chips" if smallest else "none fits"
-        )
-        print(f"\n{found}")
+        found = f"{smallest.topology}, {smallest.chips} chips" if smallest else ""
+        print(f"\nsmallest that fits: {found}" if found else "\nnone fits")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,6 @@ from vilam3_jax.runtime.settings import flatten
 from vilam3_jax.tasks import TASKS
 from vilam3_jax.training.run_config import RunConfig
 
-_TENSOR = (1, 2, 4, 8)
 _MOST_CONTEXT = 4
 
 
@@ -35,20 +35,13 @@ def search(
     over all devices and rematerialises everything; while it does not fit, `_smaller` reduces the work at a
     time. From the best so far follow other meshes, remat policies that keep more, and other numbers of rows
     per step, always with the same number of rows in total. "Best" means tokens per second without overlap, or
-    memory before anything fits. A variant whose parameters and optimizer do not fit is not compiled.
-
-    Args:
-      config: the start.
-      topology: slice or slices.
-      cache: cache of compiled steps.
-      price: price of a chip-hour.
-      limit: number of compiles.
-      report: called with a line per variant.
+    memory before anything fits. A variant whose parameters and optimizer do not fit is not compiled. `report`
+    is called with a line per variant; the other arguments are those of `estimate.make_plan`.
     """
     devices = topology.chips * topology.chip.devices
-    given = config
+    given, given_rows = flatten(config.to_dict()), config.data.global_rows
     if more := _enough_rows(config, devices):
-        report(f"too few rows for {devices} devices: {_label(more)}")
+        report(f"too few rows for {devices} devices: {as_flags(more)}")
         config = config.replace(more)
     found: list[tuple[Plan, RunConfig]] = []
     stop = cache.compiled + limit
@@ -56,14 +49,15 @@ def search(
     def attempt(start: RunConfig, changes: Mapping[str, Any]) -> None:
         if cache.compiled >= stop:
             return
-        what = _label(changes)
+        what = as_flags(changes)
         try:
             changed = start.replace(changes)
             plan = estimate.make_plan(changed, topology, cache, price, only_if_resident=True)
         except UserError as error:
             report(f"{what}: left out: {error}")
             return
-        found.append((dataclasses.replace(plan, changes=_changes(given, changed)), changed))
+        differing = {key: x for key, x in flatten(changed.to_dict()).items() if x != given[key]}
+        found.append((dataclasses.replace(plan, changes=differing), changed))
         report(f"{what}: {_outcome(plan)}")
 
     def best() -> RunConfig:
@@ -74,10 +68,9 @@ def search(
 
     meshes = list(_meshes(devices, topology.slices))
     while meshes and not found:
-        mesh = {**meshes.pop(0), "model.remat": "full"}
-        attempt(config, mesh)
+        attempt(config, {**meshes.pop(0), "model.remat": "full"})
     start = best()
-    for smaller in _smaller(start, topology.slices, given.data.global_rows) if found else ():
+    for smaller in _smaller(start, topology.slices, given_rows) if found else ():
         memory = found[-1][0].memory
         if memory.fits or not memory.temporary:
             break
@@ -87,7 +80,7 @@ def search(
         if fits() or mesh["mesh.tensor"] > 1:  # replicas over `data` need more memory
             attempt(start, mesh)
     start = best()
-    for remat in (*("+".join(REMAT_TAGS[: n + 1]) for n in range(len(REMAT_TAGS))), "none"):
+    for remat in (*itertools.accumulate(REMAT_TAGS, "{}+{}".format), "none"):
         if fits():
             attempt(start, {"model.remat": remat})
     start = best()
@@ -98,7 +91,7 @@ def search(
     return [plan for plan, _ in sorted(found, key=lambda item: _rank(item[0]))]
 
 
-def as_flags(changes: dict[str, Any]) -> str:
+def as_flags(changes: Mapping[str, Any]) -> str:
     """Changed settings as flags of `vilam3 plan` and `vilam3 train`."""
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
@@ -121,12 +114,11 @@ def _rank(plan: Plan) -> tuple[int, float]:
 def _meshes(devices: int, slices: int) -> Iterator[dict[str, int]]:
     """A whole slice under `fsdp`, then parts of it under `tensor` or `data`."""
     within = devices // slices
-    for tensor in _TENSOR:
-        for data in (1, 2, 4, 8):
-            fsdp, odd = divmod(within, tensor * data)
-            if not odd and (tensor == 1 or data == 1):
-                sizes = {"data": data * slices, "fsdp": fsdp, "context": 1, "tensor": tensor}
-                yield {f"mesh.{axis}": size for axis, size in sizes.items()}
+    for tensor, data in itertools.product((1, 2, 4, 8), repeat=2):
+        fsdp, odd = divmod(within, tensor * data)
+        if not odd and (tensor == 1 or data == 1):
+            sizes = {"data": data * slices, "fsdp": fsdp, "context": 1, "tensor": tensor}
+            yield {f"mesh.{axis}": size for axis, size in sizes.items()}
 
 
 def _smaller(config: RunConfig, slices: int, own_rows: int) -> Iterator[dict[str, int]]:
@@ -144,6 +136,7 @@ def _smaller(config: RunConfig, slices: int, own_rows: int) -> Iterator[dict[str
     changes: dict[str, int] = {}
     while True:
         groups = rows // (group * accumulate * mesh["data"] * mesh["fsdp"])
+        axis = "data" if mesh["data"] % (2 * slices) == 0 else "fsdp"  # replicas before shards
         if groups > 1:
             accumulate *= 2 if groups % 2 == 0 else groups
         elif group % 2 == 0:
@@ -154,7 +147,7 @@ def _smaller(config: RunConfig, slices: int, own_rows: int) -> Iterator[dict[str
                 changes |= {"data.global_rows": rows, "num_steps": steps}
             else:
                 accumulate *= 2
-        elif mesh["context"] < _MOST_CONTEXT and (axis := _halved(mesh, slices)):
+        elif mesh["context"] < _MOST_CONTEXT and mesh[axis] % 2 == 0:
             mesh["context"], mesh[axis], accumulate = 2 * mesh["context"], mesh[axis] // 2, accumulate * 2
             changes |= {"mesh.context": mesh["context"], f"mesh.{axis}": mesh[axis]}
         else:
@@ -163,21 +156,13 @@ def _smaller(config: RunConfig, slices: int, own_rows: int) -> Iterator[dict[str
         yield dict(changes)
 
 
-def _halved(mesh: Mapping[str, int], slices: int) -> str:
-    """The axis that gives half of its devices to `context`: replicas before shards."""
-    if mesh["data"] % (2 * slices) == 0:
-        return "data"
-    return "fsdp" if mesh["fsdp"] % 2 == 0 else ""
-
-
 def _enough_rows(config: RunConfig, devices: int) -> dict[str, int]:
     """The smallest multiple of the rows that divides over the devices, with fewer steps accordingly."""
-    key = TASKS[config.task].batch_key
-    units = TASKS[config.task].batch_format(config.data, config.model).units
-    groups = units // config.grad_accum
-    factor = devices // math.gcd(groups, devices)
-    rows = flatten(config.to_dict())[key]
-    return {key: rows * factor, "num_steps": max(1, config.num_steps // factor)} if factor > 1 else {}
+    task = TASKS[config.task]
+    units = task.batch_format(config.data, config.model).units
+    factor = devices // math.gcd(units // config.grad_accum, devices)
+    rows = flatten(config.to_dict())[task.batch_key] * factor
+    return {task.batch_key: rows, "num_steps": max(1, config.num_steps // factor)} if factor > 1 else {}
 
 
 def _rows(config: RunConfig, factor: int) -> Iterator[dict[str, int]]:
@@ -188,12 +173,3 @@ def _rows(config: RunConfig, factor: int) -> Iterator[dict[str, int]]:
         yield {key: rows * factor, "num_steps": max(1, config.num_steps // factor)}
     if rows % factor == 0:
         yield {key: rows // factor, "num_steps": config.num_steps * factor}
-
-
-def _changes(before: RunConfig, after: RunConfig) -> dict[str, Any]:
-    old = flatten(before.to_dict())
-    return {key: value for key, value in flatten(after.to_dict()).items() if value != old[key]}
-
-
-def _label(changes: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in changes.items())

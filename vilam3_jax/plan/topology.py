@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import math
 import re
 from typing import Any
@@ -141,8 +142,8 @@ def _product_shape(name: str, chip: Chip, number: int) -> tuple[int, ...]:
     cubes, rest = divmod(chips, 64)
     if chip.torus_axes == 3 and 0 < cubes <= _MOST_CUBES and not rest:
         sides = [side for side in range(1, cubes + 1) if cubes % side == 0]
-        pairs = [(a, b) for a in sides for b in sides if cubes % (a * b) == 0 and a <= b <= cubes // (a * b)]
-        shapes = [(4 * a, 4 * b, 4 * (cubes // (a * b))) for a, b in pairs]
+        factors = itertools.combinations_with_replacement(sides, 3)
+        shapes = [(4 * a, 4 * b, 4 * c) for a, b, c in factors if a * b * c == cubes]
     if odd or not shapes:
         what = "cores, two a chip" if chip.cores_in_name else "chips"
         sold = ", ".join(str(math.prod(shape)) for shape in _SOLD[chip.torus_axes])

@@ -68,7 +68,7 @@ def test_every_field_enters_the_hash():
 
 
 def test_json_has_all_fields_and_the_hash():
-    back = json.loads(json.dumps(QUICKSTART.to_json()))
+    back = json.loads(json.dumps(dataclasses.asdict(QUICKSTART)))
     assert protocols.content_hash(back) == QUICKSTART.hash
     assert back.keys() == {field.name for field in dataclasses.fields(QUICKSTART)}
 

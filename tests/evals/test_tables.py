@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 from vilam3_jax.evals import statistics, tables
@@ -29,7 +30,7 @@ SUMMARIES = statistics.summarise(ROWS)
 
 
 def test_oracle_questions_stand_in_their_own_table_beside_the_falsified_row():
-    main, oracle = tables.main_table(SUMMARIES), tables.oracle_table(SUMMARIES)
+    main, oracle = tables.accuracy_tables(SUMMARIES)
     assert {row[2] for row in main.rows} == {"stage3", "stage4_experts"}
     assert "Oracle by construction" in oracle.title and "Oracle" not in main.title
     organ = [row for row in oracle.rows if row[0] == "organ_present"]
@@ -38,7 +39,7 @@ def test_oracle_questions_stand_in_their_own_table_beside_the_falsified_row():
 
 
 def test_all_comes_first_then_types():
-    assert [row[0] for row in tables.main_table(SUMMARIES).rows] == [
+    assert [row[0] for row in tables.accuracy_tables(SUMMARIES)[0].rows] == [
         "all",
         "all",
         "modality",
@@ -48,23 +49,23 @@ def test_all_comes_first_then_types():
 
 def test_few_volumes_give_the_words_and_each_value():
     few = statistics.summarise(rows("stage3", False, 2, clusters=2))
-    cell = tables.main_table(few).rows[0][4]
+    cell = tables.accuracy_tables(few)[0].rows[0][4]
     assert cell == "too few volumes for an interval: 0.50, 0.50"
 
 
 def test_markdown_has_one_cell_per_column_even_with_a_bar_in_a_name():
-    text = tables.main_table(SUMMARIES).to_markdown()
+    text = tables.accuracy_tables(SUMMARIES)[0].to_markdown()
     body = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(body) == 2 + len(tables.main_table(SUMMARIES).rows)
+    assert len(body) == 2 + len(tables.accuracy_tables(SUMMARIES)[0].rows)
     assert all(line.replace("\\|", "").count("|") == len(tables.COLUMNS) + 1 for line in body)
 
 
 def test_text_is_aligned_and_json_is_plain():
-    table = tables.oracle_table(SUMMARIES)
+    table = tables.accuracy_tables(SUMMARIES)[1]
     lines = table.to_text().splitlines()
     start = lines[2].index("arm")
     assert all(line[start:].startswith("stage4_") for line in lines[4 : 4 + len(table.rows)])
-    assert json.loads(json.dumps(table.to_json()))["columns"] == list(tables.COLUMNS)
+    assert json.loads(json.dumps(dataclasses.asdict(table)))["columns"] == list(tables.COLUMNS)
 
 
 def test_differences():

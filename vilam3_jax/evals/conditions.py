@@ -83,11 +83,6 @@ def arm_of(name: str | None, experts: Experts | None, images: Images | None) -> 
     return known
 
 
-def blank(image: np.ndarray) -> np.ndarray:
-    """A uniformly grey image of the same size: uint8 [H, W, 3] -> uint8 [H, W, 3]."""
-    return np.full_like(image, BLANK_GREY)
-
-
 def order_for_batches(items: Sequence[Item]) -> list[Item]:
     """Groups questions of similar length, so that batches have little padding.
 
@@ -124,7 +119,7 @@ def answer_items(
         queries = []
         for item in batch:
             image, ref = load_image(item), item.image
-            shown = blank(image) if arm.images == "blank" else image
+            shown = np.full_like(image, BLANK_GREY) if arm.images == "blank" else image
             scan = Scan(shown, item.input_key, ref.axis, ref.index, modality=ref.modality or "")
             queries.append(Query(item.question, (scan,)))
         transcripts = agent.run(queries, max_new_tokens=protocol.max_new_tokens)

@@ -8,7 +8,7 @@ import datetime
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,7 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
     summaries = statistics.summarise(rows, seed=options.seed)
     result = {
         "arm": {"name": arm.name, "experts": arm.experts, "images": arm.images},
-        "protocol": protocol.to_json(),
+        "protocol": dataclasses.asdict(protocol),
         "protocol_hash": protocol.hash,
         "items_hash": arm_lib.item_set_hash(items),
         "items": len(items),
@@ -146,9 +146,9 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
         "annotations": options.annotations,
         "seconds": time.monotonic() - started,
         **_finished(),
-        "summaries": [summary.to_json() for summary in summaries],
+        "summaries": [dataclasses.asdict(summary) for summary in summaries],
     }
-    shown = _with_rows(tables.main_table(summaries), tables.oracle_table(summaries))
+    shown = tables.accuracy_tables(summaries)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     paths.write_text_atomic(out / ROWS_FILE, "".join(lines))
     paths.write_text_atomic(out / TABLES_FILE, "\n".join(table.to_markdown() for table in shown))
@@ -181,10 +181,6 @@ def _write_json(path: paths.PathLike, record: Any) -> None:
     paths.write_text_atomic(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def _with_rows(*found: tables.Table) -> list[tables.Table]:
-    return [table for table in found if table.rows]
-
-
 def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol) -> None:
     for flag in ("experts", "images", "arm", "limit", "annotations", "cards", "text"):
         if getattr(options, flag) is not None:
@@ -208,7 +204,7 @@ def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol
     texts = retrieval.class_embeddings(embedder.texts, classes, protocol.prompts)
     result = retrieval.evaluate_retrieval(items, embedder.images(pixels), classes, texts, seed=options.seed)
     result |= {
-        "protocol": protocol.to_json(),
+        "protocol": dataclasses.asdict(protocol),
         "protocol_hash": protocol.hash,
         "checkpoint": str(options.checkpoint),
         "data": str(options.data),
@@ -237,7 +233,7 @@ def _compare(argv: Sequence[str]) -> int:
     for table in shown:
         print(table.to_text())
     if str(options.out).endswith(".json"):
-        _write_json(options.out, [table.to_json() for table in shown])
+        _write_json(options.out, [dataclasses.asdict(table) for table in shown])
     elif options.out:
         paths.write_text_atomic(options.out, "\n".join(table.to_markdown() for table in shown))
     return 0
@@ -285,19 +281,8 @@ def compare(
         [{**row, "arm": arm} for row in rows] for arm, (_, _, rows) in zip(names, results, strict=True)
     ]
     summaries = statistics.summarise(itertools.chain(*renamed), seed=seed)
-    groups: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "main": lambda row: not row["oracle"],
-        "answerable by an expert, not oracle": lambda row: not row["oracle"] and row["expert"],
-        "oracle": lambda row: row["oracle"],
-    }
-    differences = []
-    for group, belongs in groups.items():
-        base, *others = [[row for row in rows if belongs(row)] for rows in renamed]
-        for own in others:
-            if {row["item"] for row in own} & {row["item"] for row in base}:
-                differences.append((group, statistics.paired_difference(own, base, seed=seed)))
+    base, *others = renamed
+    differences = statistics.paired_differences([(own, base) for own in others], seed=seed)
     if not differences:
         raise UserError("the results have no question in common; use the same --data and --limit")
-    return _with_rows(
-        tables.main_table(summaries), tables.oracle_table(summaries), tables.difference_table(differences)
-    )
+    return [*tables.accuracy_tables(summaries), tables.difference_table(differences)]

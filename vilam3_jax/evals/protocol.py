@@ -23,7 +23,6 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.evals.answer_parsers import PARSERS, Parser, normalise
 
 ENTRY_POINTS = "vilam3.protocols"
-_BUILT_IN = ("quickstart", "retrieval")  # modules of this package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +42,10 @@ class AnyProtocol:
         """`id@version`, as given on the command line."""
         return f"{self.id}@{self.version}"
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields; JSON writes tuples as lists."""
-        return dataclasses.asdict(self)
-
     @property
     def hash(self) -> str:
         """sha256 (hex) of the canonical JSON of all fields."""
-        return content_hash(self.to_json())
+        return content_hash(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +96,7 @@ def register(protocol: _Registered, parsers: Mapping[str, Parser] | None = None)
 
 def names() -> list[str]:
     """The registered protocols, as `id@version`."""
-    for module in _BUILT_IN:
-        importlib.import_module(f"vilam3_jax.evals.{module}")
+    importlib.import_module("vilam3_jax.evals.retrieval")  # registers its own
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         register(entry.load())
     return sorted(_registry)
@@ -123,6 +117,27 @@ def content_hash(record: dict[str, Any]) -> str:
     """sha256 (hex) of the canonical JSON of `record`."""
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+QUICKSTART = register(
+    Protocol(
+        id="quickstart",
+        version=1,
+        items="qa_of_dialogues",
+        split="heldout",
+        question_types=(),
+        prompt="single_turn",
+        parser="by_options",
+        parser_of_type=(("which_organs", "subset"),),
+        metric="accuracy",
+        max_new_tokens=48,
+        # Part of the hash, so it stays as it is.
+        description=(
+            "Every question of every held-out dialogue, asked alone about its image, greedy decoding. "
+            "Strict reading: yes or no must be the first word, an option must stand at the start."
+        ),
+    )
+)
 
 
 # --- items

@@ -187,13 +187,12 @@ def evaluate_retrieval(
         name: {other: sum(predicted[i] == other for i in own) for other in classes}
         for name, own in members.items()
     }
-    summary = whole.to_json()
     return {
         "accuracy": whole.accuracy,
         "balanced_accuracy": float(np.mean([one["accuracy"] for one in per_class.values()])),
         "chance": 1 / len(classes),
         "majority": max(one["n"] for one in per_class.values()) / len(items),
-        **{key: summary[key] for key in ("n", "clusters", "interval", "per_cluster", "note")},
+        **{key: getattr(whole, key) for key in ("n", "clusters", "interval", "per_cluster", "note")},
         "per_class": per_class,
         "confusion": confusion,
     }

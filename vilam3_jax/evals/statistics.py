@@ -20,15 +20,8 @@ ALL_ALIKE = "every volume scores alike; resampling them cannot show the spread"
 ALL_TYPES = "all"
 
 
-class _Estimate:
-    def to_json(self) -> dict[str, Any]:
-        """All fields, the interval as a list."""
-        record = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
-        return {**record, "interval": record["interval"] and list(record["interval"])}
-
-
 @dataclasses.dataclass(frozen=True)
-class Summary(_Estimate):
+class Summary:
     """Accuracy of one arm on one group of questions.
 
     Attributes:
@@ -38,7 +31,7 @@ class Summary(_Estimate):
       n, clusters: numbers of questions, and of patients or volumes.
       accuracy: share of right answers; unparsed answers count as wrong.
       unparsed: answers that the protocol's parser could not read.
-      interval: 95 % bootstrap interval over clusters, or None below `MIN_CLUSTERS` clusters.
+      interval: ends of the 95 % bootstrap interval over clusters, or None below `MIN_CLUSTERS` clusters.
       per_cluster: cluster -> accuracy, if there is no interval.
       note: a remark on the interval, or the empty string.
     """
@@ -51,20 +44,20 @@ class Summary(_Estimate):
     clusters: int
     accuracy: float
     unparsed: int
-    interval: tuple[float, float] | None
+    interval: list[float] | None
     per_cluster: dict[str, float]
     note: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference(_Estimate):
+class Difference:
     """Accuracy of one arm minus another's on the questions that both answered.
 
     Attributes:
       first, second: names of the arms.
       n, clusters: numbers of questions that both answered, and of patients or volumes.
       difference: accuracy(first) - accuracy(second) on these questions.
-      interval: 95 % paired bootstrap interval over clusters, or None below `MIN_CLUSTERS` clusters.
+      interval: ends of the 95 % paired bootstrap interval over clusters, or None below `MIN_CLUSTERS`.
       per_cluster: cluster -> difference, if there is no interval.
       left_out: questions that only one of the two answered.
       note: a remark on the interval, or the empty string.
@@ -75,7 +68,7 @@ class Difference(_Estimate):
     n: int
     clusters: int
     difference: float
-    interval: tuple[float, float] | None
+    interval: list[float] | None
     per_cluster: dict[str, float]
     left_out: int
     note: str
@@ -127,7 +120,7 @@ def _spread(values: np.ndarray, clusters: list[str], seed: int) -> dict[str, Any
     if len(names) < MIN_CLUSTERS:
         found["per_cluster"] = {str(n): float(m) for n, m in zip(names, means, strict=True)}
         return {**found, "note": TOO_FEW}
-    found["interval"] = cluster_interval(values, clusters, seed=seed)
+    found["interval"] = list(cluster_interval(values, clusters, seed=seed))
     return {**found, "note": ALL_ALIKE if np.ptp(means) == 0 else ""}
 
 
@@ -201,3 +194,24 @@ def paired_difference(first: Sequence[Row], second: Sequence[Row], *, seed: int 
         left_out=len(first) + len(second) - 2 * len(common),
         **_spread(delta, [str(left[i]["cluster"]) for i in common], seed),
     )
+
+
+def paired_differences(
+    pairs: Sequence[tuple[Sequence[Row], Sequence[Row]]], *, seed: int = 0
+) -> list[tuple[str, Difference]]:
+    """(group, difference) of each pair of arms, in every group in which they have questions in common.
+
+    Groups: `main`, no oracle questions; `answerable`, those of them that an expert could answer; `oracle`.
+    """
+    groups = {
+        "main": lambda row: not row["oracle"],
+        "answerable": lambda row: not row["oracle"] and row.get("expert"),
+        "oracle": lambda row: row["oracle"],
+    }
+    found = []
+    for group, belongs in groups.items():
+        for pair in pairs:
+            first, second = ([row for row in rows if belongs(row)] for rows in pair)
+            if {row["item"] for row in first} & {row["item"] for row in second}:
+                found.append((group, paired_difference(first, second, seed=seed)))
+    return found

@@ -20,6 +20,8 @@ MAIN_NOTE = (
 )
 COLUMNS = ("question type", "label source", "arm", "accuracy", "95 % interval", "n", "volumes", "unparsed")
 
+_GROUPS = {"answerable": "answerable by an expert, not oracle"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -29,10 +31,6 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields; JSON writes tuples as lists."""
-        return dataclasses.asdict(self)
 
     def to_markdown(self) -> str:
         """A Markdown section; `|` in cells is escaped."""
@@ -75,30 +73,28 @@ def _row(one: Summary) -> tuple[str, ...]:
     )
 
 
-def _table(title: str, summaries: Sequence[Summary], notes: tuple[str, ...]) -> Table:
-    order = {arm: position for position, arm in enumerate(dict.fromkeys(s.arm for s in summaries))}
+def accuracy_tables(summaries: Sequence[Summary]) -> list[Table]:
+    """All arms by question type: without oracle questions, and oracle questions only; none without rows."""
+    arms = list(dict.fromkeys(one.arm for one in summaries))
 
     def key(one: Summary) -> tuple[Any, ...]:
-        return one.question_type != ALL_TYPES, one.question_type, one.label_source, order[one.arm]
+        return one.question_type != ALL_TYPES, one.question_type, one.label_source, arms.index(one.arm)
 
-    return Table(title, COLUMNS, tuple(map(_row, sorted(summaries, key=key))), notes)
-
-
-def main_table(summaries: Sequence[Summary]) -> Table:
-    """All arms by question type, without oracle questions."""
-    return _table(MAIN_TITLE, [s for s in summaries if not s.oracle], (MAIN_NOTE,))
-
-
-def oracle_table(summaries: Sequence[Summary]) -> Table:
-    """All arms by question type, oracle questions only."""
-    return _table(ORACLE_TITLE, [s for s in summaries if s.oracle], (ORACLE_NOTE, MAIN_NOTE))
+    found = []
+    for oracle, title, notes in (
+        (False, MAIN_TITLE, (MAIN_NOTE,)),
+        (True, ORACLE_TITLE, (ORACLE_NOTE, MAIN_NOTE)),
+    ):
+        rows = tuple(_row(one) for one in sorted(summaries, key=key) if one.oracle == oracle)
+        found += [Table(title, COLUMNS, rows, notes)] if rows else []
+    return found
 
 
 def difference_table(differences: Sequence[tuple[str, Difference]]) -> Table:
     """Paired differences, each with the name of its group of questions."""
     rows = tuple(
         (
-            *(group, f"{d.first} - {d.second}", f"{d.difference:+.3f}", interval_text(d)),
+            *(_GROUPS.get(group, group), f"{d.first} - {d.second}", f"{d.difference:+.3f}", interval_text(d)),
             *map(str, (d.n, d.clusters, d.left_out)),
         )
         for group, d in differences

@@ -11,13 +11,8 @@ from vilam3_jax.report import runs
 
 Row = Mapping[str, Any]
 
-COUNTS = (
-    ("stage4_experts", 7),
-    ("stage4_falsified", 3),
-    ("stage4_no_experts", 1),
-    ("stage3", 1),
-)
-"""Arm and number of dialogues shown from it."""
+# Arm and number of dialogues shown from it.
+COUNTS = (("stage4_experts", 7), ("stage4_falsified", 3), ("stage4_no_experts", 1), ("stage3", 1))
 
 
 def choose(arms: Sequence[runs.Arm], counts: Sequence[tuple[str, int]] = COUNTS) -> list[Row]:

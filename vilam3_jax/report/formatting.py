@@ -102,9 +102,3 @@ def size(n_bytes: Any) -> str:
 def data_uri(png: bytes) -> str:
     """A PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-FILTERS = (
-    stage_title, arm_title, type_title, whole, loss, percent, points, interval, points_interval, duration,
-    size, data_uri,
-)  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from vilam3_jax.errors import UserError
@@ -31,9 +30,9 @@ def write_report(workdir: paths.PathLike, out: paths.PathLike | None = None) -> 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a run")
     target = paths.as_path(out) if out else folder / REPORT_FILE
-    if runs.is_quickstart(folder):
+    if (folder / "stages").is_dir():
         run = runs.read_run(folder)
-        document = summary.summary_of(run, {})
+        document = summary.summary_of(run)
         page = pages.quickstart_page(run, document, Samples(folder))
         summary.write_summary(folder, document)
     elif (folder / "metrics.jsonl").exists():
@@ -58,9 +57,3 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     print(write_report(args.workdir, args.out))
     return 0
-
-
-if __name__ == "__main__":
-    from vilam3_jax.cli import guarded
-
-    sys.exit(guarded("report", main, sys.argv[1:]))

@@ -34,13 +34,7 @@ _ENVIRONMENT.globals |= {"key_mark": plots.key_mark, "highlighted": formatting.H
 
 
 def quickstart_page(run: runs.Run, document: Mapping[str, Any], samples: Samples) -> str:
-    """The page of a quickstart run.
-
-    Args:
-      run: read from its folder.
-      document: its summary.
-      samples: source of images and licences.
-    """
+    """The page of a quickstart run, with the document of its summary."""
     return _render(
         "quickstart.html",
         size=_SIZES.get(document.get("size", ""), "run"),

@@ -131,11 +131,6 @@ def read_arm(folder: epath.Path) -> Arm:
     return Arm(folder.name, [{**row, "arm": folder.name} for row in rows], read_json(folder / "result.json"))
 
 
-def is_quickstart(folder: epath.Path) -> bool:
-    """Whether `folder` is a quickstart folder, not a single training run."""
-    return (folder / "stages").is_dir()
-
-
 def read_run(folder: paths.PathLike) -> Run:
     """Reads a quickstart folder.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import dataclasses
 import importlib.resources
+import itertools
 import json
 import math
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jsonschema
@@ -24,43 +25,6 @@ SUMMARY_FILE = "summary.json"
 SCHEMA_FILE = "summary.schema.json"
 SCHEMA_VERSION = 1
 DRIVER_FILE = "quickstart.json"
-EXTRA = ("machine", "versions", "peak_rss", "wall_seconds", "commit", "size")
-
-_STAGE_KEYS = (
-    "steps",
-    "tokens",
-    "loss_first",
-    "loss_last",
-    "heldout_first",
-    "heldout_true",
-    "heldout_swapped",
-    "seconds",
-    "tokens_per_second",
-    "peak_rss",
-)
-_RETRIEVAL_KEYS = (
-    "accuracy",
-    "balanced_accuracy",
-    "chance",
-    "majority",
-    "n",
-    "clusters",
-    "interval",
-    "per_cluster",
-    "per_class",
-)
-_PACKAGES = (
-    "vilam3-jax",
-    "vilam3-experts",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-    "torch",
-)
 _PAIRS = (
     ("stage4_experts", "stage4_no_experts"),
     ("stage4_falsified", "stage4_experts"),
@@ -97,43 +61,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that can affect results."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def evaluation(arms: Sequence[runs.Arm]) -> list[statistics.Summary]:
-    """Accuracies of all arms by question type and label source; oracle questions are kept separate."""
-    return statistics.summarise(row for arm in arms for row in arm.rows)
-
-
-def comparisons(arms: Sequence[runs.Arm]) -> list[dict[str, Any]]:
-    """Paired differences between arms, for three groups of questions.
-
-    `answerable`: questions that an expert can answer and whose label it did not make.
-    """
-    rows = {arm.name: arm.rows for arm in arms}
-    groups = {
-        "main": lambda row: not row["oracle"],
-        "answerable": lambda row: not row["oracle"] and bool(row.get("expert")),
-        "oracle": lambda row: bool(row["oracle"]),
-    }
-    out = []
-    for group, belongs in groups.items():
-        for first, second in _PAIRS:
-            left = [row for row in rows.get(first, []) if belongs(row)]
-            right = [row for row in rows.get(second, []) if belongs(row)]
-            if {row["item"] for row in left} & {row["item"] for row in right}:
-                out.append({"group": group, **statistics.paired_difference(left, right).to_json()})
-    return out
-
-
 def recorded(run_dir: paths.PathLike) -> dict[str, Any]:
     """Machine, versions, peak memory, time and size from the quickstart's record (`quickstart.json`), if any.
 
@@ -156,41 +83,39 @@ def recorded(run_dir: paths.PathLike) -> dict[str, Any]:
     return out | ({"size": found[1]} if found else {})
 
 
-def build_summary(run_dir: paths.PathLike, extra: Mapping[str, Any]) -> dict[str, Any]:
+def summary_of(run: runs.Run) -> dict[str, Any]:
     """Gathers the figures of a quickstart run.
-
-    Args:
-      run_dir: folder with `stages/` and `eval/`.
-      extra: overrides for `machine`, `versions`, `peak_rss` (bytes), `wall_seconds`, `commit`, `size`.
 
     Returns:
       The document, valid under `schema()`.
 
     Raises:
-      UserError: a file is missing or damaged, or a value violates the schema; names it.
+      UserError: the quickstart's record is damaged, or a value violates the schema; names it.
     """
-    return summary_of(runs.read_run(run_dir), extra)
-
-
-def summary_of(run: runs.Run, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """`build_summary` for a run that is already loaded."""
-    unknown = sorted(set(extra) - set(EXTRA))
-    if unknown:
-        raise UserError(f"summary: unknown extra value {unknown[0]!r}; known are {', '.join(EXTRA)}")
-    stages = {s.name: {k: s.result[k] for k in _STAGE_KEYS if k in s.result} for s in run.stages}
     known = recorded(run.folder)
-    peaks = [known.get("peak_rss", 0), *(stage.get("peak_rss", 0) for stage in stages.values())]
+    if "versions" not in known:
+        from vilam3_jax.checkpoints import run_checkpoints  # the import of JAX behind it is slow
+
+        known["versions"] = run_checkpoints.versions()
+    wanted = schema()
+    stage_keys = wanted["$defs"]["stage"]["properties"].keys()
+    retrieval_keys = wanted["properties"]["retrieval"]["properties"].keys()
+    stages = {s.name: {k: s.result[k] for k in stage_keys if k in s.result} for s in run.stages}
+    rows = {arm.name: arm.rows for arm in run.arms}
+    accuracies = statistics.summarise(itertools.chain(*rows.values()))
+    pairs = [(rows[first], rows[second]) for first, second in _PAIRS]
     document = {
         "schema_version": SCHEMA_VERSION,
         "stages": stages,
-        "retrieval": {k: run.retrieval[k] for k in _RETRIEVAL_KEYS if k in run.retrieval},
-        "evaluation": [one.to_json() for one in evaluation(run.arms)],
-        "comparisons": comparisons(run.arms),
+        "retrieval": {k: run.retrieval[k] for k in retrieval_keys if k in run.retrieval},
+        "evaluation": [dataclasses.asdict(one) for one in accuracies],
+        "comparisons": [
+            {"group": group, **dataclasses.asdict(difference)}
+            for group, difference in statistics.paired_differences(pairs)
+        ],
         "machine": machine(),
-        "versions": versions(),
         **known,
-        "peak_rss": max(peaks),
-        **extra,
+        "peak_rss": max(one.get("peak_rss", 0) for one in (known, *stages.values())),
     }
     check(document)
     return document
@@ -220,11 +145,6 @@ def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def write_summary(run_dir: paths.PathLike, document: Mapping[str, Any]) -> None:
-    """Validates the document and writes `run_dir/summary.json` atomically.
-
-    Raises:
-      UserError: the document violates the schema, or the folder cannot be written.
-    """
-    check(document)
+    """Writes a checked document to `run_dir/summary.json` atomically."""
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     paths.write_text_atomic(paths.as_path(run_dir) / SUMMARY_FILE, text)

@@ -17,15 +17,12 @@ from vilam3_experts.engine.job import Item, Job, Outcome, in_shard
 from vilam3_experts.engine.key_cache import KeyCache
 from vilam3_experts.engine.local import run_here, run_processes
 from vilam3_experts.engine.summary import ProblemLists, RunSummary
-from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.inputs import Input, Inputs
 from vilam3_experts.weights import load_weights, weights_folder
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import AnnotationWriter
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
-
-__all__ = ["Engine", "RunSummary", "annotate", "create_expert"]
 
 
 @dataclasses.dataclass(frozen=True)

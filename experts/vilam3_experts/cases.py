@@ -25,13 +25,13 @@ from vilam3_jax.data.dicom.headers import read_mr_header
 from vilam3_jax.data.examples import path_problem
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volumes import describe_volume
+from vilam3_jax.datasets.user_data import read_json
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
 if TYPE_CHECKING:
     from vilam3_experts.inputs import Input
 
-_MAX_MANIFEST_BYTES = 64 << 20
 _MAX_SIDECAR_BYTES = 1 << 20
 _LISTED = 6
 _HINT = "state the roles with --roles"
@@ -318,10 +318,7 @@ def _split_channel(pattern: str) -> tuple[str, int | None]:
 
 
 def _read_manifest(path: str, roles: Sequence[str]) -> Iterator[tuple[str, Mapping[str, ScanFile]]]:
-    try:
-        content = json.loads(paths.read_bytes(path, _MAX_MANIFEST_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({str(error)[:100]}); correct it") from error
+    content = read_json(path)
     rows = content.get("cases") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
         raise UserError(f'{path}: has no list "cases"; see docs/experts_brats.md for its form')

@@ -6,8 +6,6 @@ The frame format and the client are in `vilam3_jax.data.experts.host_client`.
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Sequence
 from typing import BinaryIO
 
@@ -102,15 +100,3 @@ def serve(
             if request is None:
                 return 0
             write_frame(sink, host.answer(request))
-
-
-def serve_stdio(
-    weights: paths.PathLike | None,
-    audit: paths.PathLike | None = None,
-    calibrations: Sequence[Calibration] = (),
-) -> int:
-    """`serve` on standard input and output; output that libraries print goes to standard error."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    with answers:
-        return serve(weights, sys.stdin.buffer, answers, audit, calibrations)

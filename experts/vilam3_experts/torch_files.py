@@ -25,12 +25,9 @@ def convert(files: list[Path], out: Path) -> None:
     """
     shard_of: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    count = 0
 
     def save() -> None:
-        nonlocal count
-        count += 1
-        name = f"from_pickle-{count:05}.safetensors"
+        name = f"from_pickle-{len(set(shard_of.values())) + 1:05}.safetensors"
         # Clones, because safetensors rejects tensors that share memory, such as tied embeddings.
         save_file(
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in shard.items()},

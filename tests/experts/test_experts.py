@@ -10,8 +10,8 @@ import expert_helpers
 import numpy as np
 import pytest
 from vilam3_experts import brainseg, descriptors
-from vilam3_experts.annotate import create_expert
 from vilam3_experts.base import ExpertFailure, ExpertInputs, annotate_one, measure
+from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.weights import Weights, load_weights
 
 from vilam3_jax.data.volumes import Volume, load_volume
@@ -149,7 +149,7 @@ from vilam3_experts import descriptors
 descriptors.registry()
 light = [m for m in ("jax", "flax", "torch", "keras", "onnxruntime") if m in sys.modules]
 import numpy as np
-from vilam3_experts.annotate import create_expert
+from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.base import ExpertInputs, annotate_one
 from vilam3_experts.weights import Weights
 from vilam3_jax.data.volumes import load_volume

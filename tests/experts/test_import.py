@@ -717,16 +717,16 @@ def test_a_segmentation_that_highdicom_did_not_write():
     path = get_testdata_file("liver.dcm")
     header = dicom_seg.read_seg_header(path)
     assert dicom_seg.is_segmentation(path) and header.names == {1: "Liver"} and header.kind == "BINARY"
-    segments = dicom_seg.open_segments(path, header)
-    ((number, mask),) = segments.masks()
+    shape, affine, masks = dicom_seg.open_segments(path, header)
+    ((number, mask),) = masks
     stored = pydicom.dcmread(path)
     frames = {
         float(f.PlanePositionSequence[0].ImagePositionPatient[2]): image
         for f, image in zip(stored.PerFrameFunctionalGroupsSequence, stored.pixel_array, strict=True)
     }
-    assert number == 1 and segments.shape == (3, 512, 512)
+    assert number == 1 and shape == (3, 512, 512)
     for index in range(3):
-        z = (segments.affine @ [index, 0, 0, 1])[2]
+        z = (affine @ [index, 0, 0, 1])[2]
         np.testing.assert_array_equal(mask[index], frames[min(frames, key=lambda known: abs(known - z))] > 0)
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import vilam3_experts
 from vilam3_experts import descriptors
-from vilam3_experts.annotate import annotate, create_expert
+from vilam3_experts.annotate import annotate
 from vilam3_experts.base import ExpertFailure, ExpertInputs, annotate_one
+from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.weights import Weights
 
 import vilam3_jax

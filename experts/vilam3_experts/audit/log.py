@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import threading
 import time
-from typing import Any, Self
+from typing import Any
 
 import filelock
 from etils import epath
@@ -23,7 +24,7 @@ _SYNC_SECONDS = 1.0
 _REMOTE_SECONDS = 10.0
 
 
-class AuditLog:
+class AuditLog(contextlib.AbstractContextManager):
     """Appends to one chain; safe for threads, and for processes and hosts that share a folder.
 
     On a disk it continues a chain whose writer has ended. An unfinished last line is kept, and followed by a
@@ -78,9 +79,6 @@ class AuditLog:
                 self._out.sync()
             finally:
                 self._out.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

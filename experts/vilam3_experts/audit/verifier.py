@@ -6,17 +6,8 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 
-from vilam3_experts.audit.chain import (
-    Call,
-    Head,
-    calls,
-    chain_files,
-    genesis,
-    head_files,
-    parse_line,
-    read_head,
-    read_lines,
-)
+from vilam3_experts.audit import chain as chains
+from vilam3_experts.audit.chain import Call, Head
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import content_sha256
 from vilam3_jax.errors import UserError
@@ -58,7 +49,7 @@ class _ChainVerifier:
 
     def __init__(self, name: str, expected: Mapping[int, str], committed: int) -> None:
         self.name = name
-        self.head = Head(0, genesis(name))
+        self.head = Head(0, chains.genesis(name))
         self.calls = 0
         self.others: dict[str, Head] = {}
         self.problems: list[Problem] = []
@@ -72,7 +63,7 @@ class _ChainVerifier:
 
     def line(self, raw: bytes) -> None:
         self._number += 1
-        fields = parse_line(raw)
+        fields = chains.parse_line(raw)
         if fields is None:
             self._invalid.append(raw)
             return
@@ -125,22 +116,22 @@ def verify(folder: paths.PathLike, known: Mapping[str, Head] | None = None) -> R
     expected: dict[str, dict[int, str]] = {}
     # Read the manifest first: a chain that grows meanwhile is longer than its entry, never shorter.
     listed: dict[str, Head] = {}
-    for chain, path in head_files(folder / "manifest").items():
+    for chain, path in chains.head_files(folder / "manifest").items():
         try:
-            listed[chain] = read_head(path)
+            listed[chain] = chains.read_head(path)
         except UserError as error:
             problems.append(Problem(chain, 0, str(error)))
-            listed[chain] = Head(0, genesis(chain))
+            listed[chain] = Head(0, chains.genesis(chain))
     for source in (listed, known or {}):
         for chain, head in source.items():
             expected.setdefault(chain, {}).setdefault(head.count, head.hash)
             if expected[chain][head.count] != head.hash:
                 problems.append(Problem(chain, head.count, "the manifest was changed since it was copied"))
-    segments = chain_files(folder)
+    segments = chains.chain_files(folder)
     verified: dict[str, _ChainVerifier] = {}
     for chain, files in segments.items():
         state = _ChainVerifier(chain, expected.get(chain, {}), max(expected.get(chain, {}), default=0))
-        for raw in read_lines(files):
+        for raw in chains.read_lines(files):
             state.line(raw)
         state.end()
         if chain not in listed and state.head.count > 1:
@@ -188,7 +179,7 @@ def replay(folder: paths.PathLike, answer: Callable[[Call], Annotation | None]) 
     """
     same, different, missing = 0, [], []
     seen: set[tuple[str, ...]] = set()
-    for call in calls(folder):
+    for call in chains.calls(folder):
         identity = (call.input, call.expert, call.version, call.weights, call.args, call.output)
         if identity in seen:
             continue

@@ -71,7 +71,10 @@ def align(volumes: Mapping[str, Volume], axcodes: str, pixdim: Sequence[float]) 
     images = {}
     for role, volume in turned.items():
         image = reference if role == first else _tensor(volume)
-        if _is_on_grid(volume, reference_volume):
+        distance = np.inf
+        if volume.voxels.shape == reference_volume.voxels.shape:
+            distance = grid_distance(volume.affine, reference_volume)
+        if distance <= GRID_TOLERANCE * reference_volume.spacing.min():
             image = MetaTensor(image.as_tensor(), affine=reference.affine)
             images[role] = resample_linear(image, affine, shape).as_tensor()[0]
             continue
@@ -104,12 +107,6 @@ def _target(reference: MetaTensor, pixdim: Sequence[float]) -> tuple[tuple[int, 
             "crop the scans to the head"
         )
     return shape, affine
-
-
-def _is_on_grid(volume: Volume, reference: Volume) -> bool:
-    return volume.voxels.shape == reference.voxels.shape and bool(
-        grid_distance(volume.affine, reference) <= GRID_TOLERANCE * reference.spacing.min()
-    )
 
 
 def _field_of_view(source: MetaTensor, affine: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

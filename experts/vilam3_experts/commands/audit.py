@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import sys
+from collections.abc import Callable
 
 from vilam3_experts import audit
 from vilam3_experts import descriptors as registry
-from vilam3_experts.annotate import create_expert
 from vilam3_experts.base import Expert, annotate_one
+from vilam3_experts.engine.worker import create_expert
 from vilam3_experts.inputs import Input, find_inputs
 from vilam3_experts.weights import Weights, load_weights, weights_folder
 from vilam3_jax.data.content_keys import inputs_key
@@ -61,7 +64,7 @@ def _print_report(report: audit.Report) -> int:
 def _replay(options: argparse.Namespace) -> int:
     if _print_report(audit.verify(options.log)):
         return 1
-    found = audit.replay(options.log, _Replayer(options.data, options.weights).answer)
+    found = audit.replay(options.log, _replayer(options.data, options.weights))
     for call, output in found.different:
         print(f"problem: {_name(call)}: gave {call.output[:12]}, gives {output[:12]}", file=sys.stderr)
     for call in found.missing:
@@ -75,37 +78,38 @@ def _name(call: audit.Call) -> str:
     return f"{call.expert}({call.args}) on {call.input[:12]}"
 
 
-class _Replayer:
-    """Repeats calls over the scans of a folder."""
+def _replayer(
+    data: paths.PathLike, weights: paths.PathLike | None
+) -> Callable[[audit.Call], Annotation | None]:
+    """Repeats calls over the scans of a folder.
 
-    def __init__(self, data: paths.PathLike, weights: paths.PathLike | None) -> None:
-        self._data, self._weights = data, weights_folder(weights, data)
-        self._inputs: dict[str, dict[str, Input]] = {}
-        self._experts: dict[str, tuple[Weights, Expert]] = {}
+    The result is None if the input, expert, version or weights of a call are not available.
+    """
+    known, folder = registry.registry(), weights_folder(weights, data)
 
-    def answer(self, call: audit.Call) -> Annotation | None:
-        """The current answer; None if the input, expert, version or weights are not available."""
-        descriptor = registry.registry().get(call.expert)
+    @functools.cache
+    def built(name: str) -> tuple[Weights, Expert]:
+        found = load_weights(known[name], folder)
+        return found, create_expert(known[name], found)
+
+    @functools.cache
+    def inputs(name: str) -> dict[str, Input]:
+        """The expert's inputs by content key. Reads every input once."""
+        found: dict[str, Input] = {}
+        for item in find_inputs(data, known[name]):
+            with contextlib.suppress(UserError):  # unreadable inputs have no logged call
+                found[inputs_key(item.load().keys)] = item
+        return found
+
+    def answer(call: audit.Call) -> Annotation | None:
+        descriptor = known.get(call.expert)
         if descriptor is None or descriptor.version != call.version:
             return None
-        if call.expert not in self._experts:
-            weights = load_weights(descriptor, self._weights)
-            self._experts[call.expert] = weights, create_expert(descriptor, weights)
-        weights, expert = self._experts[call.expert]
-        item = self._by_key(descriptor).get(call.input)
+        found, expert = built(call.expert)
+        item = inputs(call.expert).get(call.input)
         if item is None:
             return None
-        annotation = annotate_one(expert, descriptor, item.load(), call.args, weights_sha256=weights.sha256)
+        annotation = annotate_one(expert, descriptor, item.load(), call.args, weights_sha256=found.sha256)
         return annotation if annotation.weights_sha256 == call.weights else None
 
-    def _by_key(self, descriptor: registry.Descriptor) -> dict[str, Input]:
-        """The expert's inputs by content key. Reads every input once."""
-        if descriptor.name not in self._inputs:
-            found: dict[str, Input] = {}
-            for item in find_inputs(self._data, descriptor):
-                try:
-                    found[inputs_key(item.load().keys)] = item
-                except UserError:
-                    continue  # unreadable inputs have no logged call
-            self._inputs[descriptor.name] = found
-        return self._inputs[descriptor.name]
+    return answer

@@ -48,7 +48,11 @@ def _fit(store: AnnotationStore, options: argparse.Namespace) -> int:
             " inputs; annotate them first"
         )
     of_each = [truths[a.input_key] for a in annotations]
-    _check_names(annotations, of_each)
+    known = {name for a in annotations for name in a.probabilities}
+    for truth in of_each:
+        if unknown := [name for name in truth.labels if name not in known]:
+            has = ", ".join(sorted(known))
+            raise UserError(f"{truth.where}: the expert has no class {unknown[0][:80]!r}; it has {has}")
     calibration, left_out = fit(
         annotations,
         [t.labels for t in of_each],
@@ -77,14 +81,6 @@ def _labelled(store: AnnotationStore, expert: str, truths: dict[str, Truth]) -> 
         if annotation is not None and annotation.status == "ok" and annotation.probabilities:
             done.add(key)
             yield annotation
-
-
-def _check_names(annotations: list[Annotation], truths: list[Truth]) -> None:
-    known = {name for a in annotations for name in a.probabilities}
-    for truth in truths:
-        if unknown := [name for name in truth.labels if name not in known]:
-            has = ", ".join(sorted(known))
-            raise UserError(f"{truth.where}: the expert has no class {unknown[0][:80]!r}; it has {has}")
 
 
 def _apply(store: AnnotationStore, options: argparse.Namespace) -> int:

@@ -61,11 +61,12 @@ def run(options: argparse.Namespace) -> int:
                     count.update(f"{d.subject}, {d.measure}" for d in annotation.disagreements)
                 if writer is not None:
                     writer.write(annotation)
-        for key in store.keys() if writer is not None else ():
-            if (key[1], key[2]) not in shared.get(key[0], ()):
-                annotation = store.get(*key)
-                assert annotation is not None
-                writer.write(annotation)
+        if writer is not None:
+            for key in store.keys():  # noqa: SIM118
+                if (key[1], key[2]) not in shared.get(key[0], ()):
+                    annotation = store.get(*key)
+                    assert annotation is not None
+                    writer.write(annotation)
     print(f"{len(shared)} inputs with records of {names[0]} and {names[1]}")
     for what, number in count.most_common():
         print(f"{number}  {what}")

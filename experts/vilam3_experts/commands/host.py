@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from vilam3_experts.calibrate import load_calibration
-from vilam3_experts.host import serve_stdio
+from vilam3_experts.host import serve
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -19,4 +21,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return serve_stdio(options.weights, options.audit, [load_calibration(p) for p in options.calibration])
+    calibrations = [load_calibration(path) for path in options.calibration]
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # output that libraries print goes to standard error
+    with answers:
+        return serve(options.weights, sys.stdin.buffer, answers, options.audit, calibrations)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from typing import Self
 
 from vilam3_experts.audit import AuditLog
 from vilam3_experts.engine.job import Job, Outcome
@@ -20,7 +20,7 @@ COMMIT_RECORDS = 256
 COMMIT_SECONDS = 30.0
 
 
-class Committer:
+class Committer(contextlib.AbstractContextManager):
     """The writer of one process, shared by its threads.
 
     A record is on disk at most `COMMIT_SECONDS` after it was written, even if no other record follows.
@@ -98,9 +98,6 @@ class Committer:
             finally:
                 if self._audit is not None:
                     self._audit.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()  # also after an error: every pending record is complete

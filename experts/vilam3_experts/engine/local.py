@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from vilam3_experts.engine.committer import Committer
@@ -39,75 +40,56 @@ def run_processes(job: Job, items: Iterable[Item], workers: int) -> Generator[Ou
 
     One thread owns each child; this process writes. Raises as `run_here`.
     """
-    pool = _Pool(job, items, workers)
-    with pool.committer:
+    left = chunks(items, job.batch)
+    lock, stopped = threading.Lock(), threading.Event()
+    done: queue.Queue[Outcome | BaseException | None] = queue.Queue(workers * _QUEUED_PER_WORKER)
+
+    def take() -> list[Item] | None:
+        with lock:  # generators are not thread-safe
+            return None if stopped.is_set() else next(left, None)
+
+    def put(found: Outcome | BaseException | None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return done.put(found, timeout=0.5)
+
+    def own(process: WorkerProcess) -> None:
         try:
-            yield from pool.outcomes()
-        finally:
-            pool.stop()
-
-
-class _Pool:
-    def __init__(self, job: Job, items: Iterable[Item], workers: int) -> None:
-        self.committer = Committer(job)
-        self._chunks = chunks(items, job.batch)
-        self._lock = threading.Lock()
-        self._done: queue.Queue[Outcome | BaseException | None] = queue.Queue(workers * _QUEUED_PER_WORKER)
-        self._stopped = threading.Event()
-        self._processes = [
-            WorkerProcess(job, self.committer.claim, environment)
-            for environment in worker_environments(workers, visible_gpus())
-        ]
-        self._threads = [
-            threading.Thread(target=self._own, args=(process,), daemon=True) for process in self._processes
-        ]
-
-    def outcomes(self) -> Iterator[Outcome]:
-        for thread in self._threads:
-            thread.start()
-        left = len(self._threads)
-        while left:
-            found = self._done.get()
-            if found is None:
-                left -= 1
-            elif isinstance(found, BaseException):
-                raise found
-            else:
-                yield found
-
-    def stop(self) -> None:
-        self._stopped.set()
-        for process in self._processes:
-            process.stop()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
-
-    def _next(self) -> list[Item] | None:
-        with self._lock:  # generators are not thread-safe
-            return None if self._stopped.is_set() else next(self._chunks, None)
-
-    def _own(self, process: WorkerProcess) -> None:
-        try:
-            while (chunk := self._next()) is not None:
+            while (chunk := take()) is not None:
                 for outcome in process.run(chunk):
-                    self.committer.write(outcome)
-                    self._put(outcome)
-            self._put(None)
+                    committer.write(outcome)
+                    put(outcome)
+            put(None)
         except StoppedError:
             pass
         except BaseException as error:
-            self._put(error)
+            put(error)
         finally:
             process.close()
 
-    def _put(self, found: Outcome | BaseException | None) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._done.put(found, timeout=0.5)
-                return
-            except queue.Full:
-                continue
+    with Committer(job) as committer:
+        environments = worker_environments(workers, visible_gpus())
+        processes = [WorkerProcess(job, committer.claim, environment) for environment in environments]
+        threads = [threading.Thread(target=own, args=(process,), daemon=True) for process in processes]
+        try:
+            for thread in threads:
+                thread.start()
+            running = len(threads)
+            while running:
+                found = done.get()
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    running -= 1
+                else:
+                    yield found
+        finally:
+            stopped.set()
+            for process in processes:
+                process.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
 
 
 def visible_gpus() -> list[str]:

@@ -93,34 +93,13 @@ def _segment_name(segment: pydicom.Dataset, path: PathLike) -> str:
     return clean_name(name or label or f"segment {segment.SegmentNumber}", path)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Segments:
-    """The segments of an object, decoded one at a time.
-
-    Attributes:
-      shape: [K, R, C], slices, rows and columns.
-      affine: [4, 4] float64, index (slice, row, column) to RAS millimetres.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    _object: hd.seg.Segmentation
-    _header: SegHeader
-
-    def masks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (segment number, bool [K, R, C]); a fractional voxel is inside from 0.5 on."""
-        if self._header.kind == "LABELMAP":
-            labels = self._object.get_volume(combine_segments=True).array
-            yield from ((number, labels == number) for number in self._header.names)
-            return
-        for number in self._header.names:
-            values = self._object.get_volume(segment_numbers=[number], combine_segments=False).array[..., 0]
-            yield number, values >= FRACTION
-
-
-def open_segments(path: PathLike, header: SegHeader) -> Segments:
+def open_segments(
+    path: PathLike, header: SegHeader
+) -> tuple[tuple[int, ...], np.ndarray, Iterator[tuple[int, np.ndarray]]]:
     """Opens the pixels of a segmentation object.
 
+    Returns its shape [K, R, C] (slices, rows and columns); the affine, float64 [4, 4], index (slice, row,
+    column) to RAS millimetres; and an iterator of (segment number, bool [K, R, C]), decoded one at a time.
     Raises `UserError` if it is damaged, not in patient space, or not on a regular grid.
     """
     path = as_path(path)
@@ -138,5 +117,14 @@ def open_segments(path: PathLike, header: SegHeader) -> Segments:
     if geometry is None or geometry.coordinate_system != hd.CoordinateSystemNames.PATIENT:
         raise UserError(f"{path}: its frames are not on a regular grid in patient space; resample it")
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(geometry.affine, np.float64)
-    slices, rows, columns = (int(n) for n in geometry.spatial_shape)
-    return Segments((slices, rows, columns), affine, segmentation, header)
+    return tuple(int(n) for n in geometry.spatial_shape), affine, _masks(segmentation, header)
+
+
+def _masks(segmentation: hd.seg.Segmentation, header: SegHeader) -> Iterator[tuple[int, np.ndarray]]:
+    if header.kind == "LABELMAP":
+        labels = segmentation.get_volume(combine_segments=True).array
+        yield from ((number, labels == number) for number in header.names)
+        return
+    for number in header.names:
+        values = segmentation.get_volume(segment_numbers=[number], combine_segments=False).array[..., 0]
+        yield number, values >= FRACTION

@@ -156,7 +156,7 @@ def _pairs(data: Any, source: object) -> list[tuple[int, str]] | None:
         if not all(isinstance(v, str) for v in data.values()):  # numbers to numbers: either may be the ids
             return None
         return [(int(k), v) for k, v in data.items()]
-    if all(_is_id(v) or _is_region(v) for v in data.values()):
+    if all(_is_id(v) or (isinstance(v, list) and v and all(map(_is_id, v))) for v in data.values()):
         return _from_regions(data, source)
     for key in ("labels", "channel_def", "class_map", "label_names"):
         if key in data and (found := _pairs(data[key], source)):
@@ -194,10 +194,6 @@ def _is_id(value: Any) -> bool:
     if isinstance(value, str):
         return re.fullmatch(r"\d{1,9}", value.strip()) is not None
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_region(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_id, value))
 
 
 def _from_regions(data: Mapping[str, Any], source: object) -> list[tuple[int, str]]:

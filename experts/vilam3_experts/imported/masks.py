@@ -257,12 +257,12 @@ def structure_name(path: epath.Path) -> str:
 
 def _from_dicom(path: epath.Path, scan: Volume, options: ReadOptions) -> Mask:
     header = dicom_seg.read_seg_header(path)
-    segments = dicom_seg.open_segments(path, header)
+    shape, affine, masks = dicom_seg.open_segments(path, header)
     names = {**header.names, **(options.table.names if options.table else {})}
-    labels, notes = combine(segments.masks(), segments.shape, options.later_wins, names=names, path=path)
+    labels, notes = combine(masks, shape, options.later_wins, names=names, path=path)
     if header.kind == "FRACTIONAL":
         notes += (f"its segments are fractional; voxels of at least {dicom_seg.FRACTION} count as inside",)
-    volume = canonical_volume(StoredVolume(labels, segments.affine), path)
+    volume = canonical_volume(StoredVolume(labels, affine), path)
     placed, placing = to_scan_grid(
         whole_labels(volume, path), volume.affine, scan, path, resample=options.resample, partial=True
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,13 @@ SUBCLASSES: Mapping[int, tuple[int, ...]] = {2: (14, 5), 20: (28, 29, 30, 31, 32
 
 # Transforms that change neither values nor grid of a scan that is already in memory.
 _PASSIVE = {"LoadImaged", "EnsureChannelFirstd", "EnsureTyped", "VistaPreTransformd", "CastToTyped"}
+# Transform → its known arguments.
+_STEPS = {
+    "Spacingd": {"pixdim", "mode"},
+    "CropForegroundd": {"margin", "allow_smaller", "source_key"},
+    "ScaleIntensityRanged": {"a_min", "a_max", "b_min", "b_max", "clip"},
+    "Orientationd": {"axcodes"},
+}
 _REPLICATE_SINCE = (0, 5, 7)
 
 
@@ -292,41 +299,31 @@ class _InferenceConfig:
         name = entry["_target_"].rpartition(".")[2]
         if name in _PASSIVE:
             return None
-        readers: dict[str, tuple[set[str], Callable[[dict[str, Any]], Step]]] = {
-            "Spacingd": ({"pixdim", "mode"}, self._spacing),
-            "CropForegroundd": ({"margin", "allow_smaller", "source_key"}, self._crop),
-            "ScaleIntensityRanged": ({"a_min", "a_max", "b_min", "b_max", "clip"}, self._scale),
-            "Orientationd": ({"axcodes"}, self._orientation),
-        }
-        if name not in readers:
+        if name not in _STEPS:
             raise self._error(f"preprocessing has {name}, which is not supported", "remove it")
-        known, read = readers[name]
-        unknown = set(entry) - known - {"_target_", "keys", "allow_missing_keys", "_disabled_"}
+        unknown = set(entry) - _STEPS[name] - {"_target_", "keys", "allow_missing_keys", "_disabled_"}
         if unknown:
             raise self._error(f"{name} has {sorted(unknown)[0]!r}, which is not supported", "remove it")
-        return read(entry)
-
-    def _spacing(self, entry: dict[str, Any]) -> Step:
-        if self._get(entry, "mode", "bilinear") != "bilinear":
-            raise self._error(f"Spacingd in mode {entry['mode']!r}", "use 'bilinear'")
-        pixdim = self._triple(entry, "pixdim")
-        if any(0 < v < 0.05 or v > 50 for v in pixdim):
-            raise self._error(f"Spacingd to {list(pixdim)} mm", "use 0.05 to 50 mm, or -1 to keep an axis")
-        return SpacingStep(pixdim)
-
-    def _crop(self, entry: dict[str, Any]) -> Step:
-        margin = self._number(entry, "margin", 0)
-        if margin % 1 or not 0 <= margin <= 1000:
-            raise self._error(f"CropForegroundd with margin {margin}", "use whole voxels")
-        return CropStep(int(margin), self._flag(entry, "allow_smaller", False))
-
-    def _scale(self, entry: dict[str, Any]) -> Step:
-        a_min, a_max, b_min, b_max = (self._number(entry, k) for k in ("a_min", "a_max", "b_min", "b_max"))
-        if not (a_min < a_max and b_min < b_max):
-            raise self._error("ScaleIntensityRanged with an empty range")
-        return ScaleStep(a_min, a_max, b_min, b_max, self._flag(entry, "clip", False))
-
-    def _orientation(self, entry: dict[str, Any]) -> Step:
+        match name:
+            case "Spacingd":
+                if self._get(entry, "mode", "bilinear") != "bilinear":
+                    raise self._error(f"Spacingd in mode {entry['mode']!r}", "use 'bilinear'")
+                pixdim = self._triple(entry, "pixdim")
+                if any(0 < v < 0.05 or v > 50 for v in pixdim):
+                    fix = "use 0.05 to 50 mm, or -1 to keep an axis"
+                    raise self._error(f"Spacingd to {list(pixdim)} mm", fix)
+                return SpacingStep(pixdim)
+            case "CropForegroundd":
+                margin = self._number(entry, "margin", 0)
+                if margin % 1 or not 0 <= margin <= 1000:
+                    raise self._error(f"CropForegroundd with margin {margin}", "use whole voxels")
+                return CropStep(int(margin), self._flag(entry, "allow_smaller", False))
+            case "ScaleIntensityRanged":
+                ends = ("a_min", "a_max", "b_min", "b_max")
+                a_min, a_max, b_min, b_max = (self._number(entry, key) for key in ends)
+                if not (a_min < a_max and b_min < b_max):
+                    raise self._error("ScaleIntensityRanged with an empty range")
+                return ScaleStep(a_min, a_max, b_min, b_max, self._flag(entry, "clip", False))
         codes = self._get(entry, "axcodes")
         if not is_axcodes(codes):
             raise self._error(f"Orientationd to {codes!r}", "use three axis codes such as 'RAS'")

@@ -17,7 +17,6 @@ FILE = "weights.lock.json"
 _VERSION = 1
 _MAX_BYTES = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-_READ_BYTES = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +94,6 @@ def pin_of_bytes(content: bytes) -> Pin:
 
 def pin_of_file(path: paths.PathLike, **fields: str) -> Pin:
     """The pin of a file of any size; `fields` are further fields of `Pin`."""
-    digest, size = hashlib.sha256(), 0
     with paths.as_path(path).open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return Pin(digest.hexdigest(), size, **fields)
+        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+        return Pin(digest.hexdigest(), file.tell(), **fields)

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from vilam3_jax.configs.models import tiny
 
+from vilam3_jax import cli
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.config import ConfigDict
 from vilam3_jax.convert.exporter import export_folder
 from vilam3_jax.convert.importer import import_model
-from vilam3_jax.convert.main import main
 from vilam3_jax.convert.vila import vila_folder_config
 from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.data.text_rules import TextRules
@@ -128,10 +128,10 @@ def test_a_whole_model_there_and_back(tmp_path, monkeypatch, capsys, order, leaf
     for step in ("1", "2"):
         source = "ours" if step == "1" else "again1"
         arguments = ["--source", str(tmp_path / source), "--out", str(tmp_path / f"vila{step}")]
-        assert main(["export", *arguments]) == 0
+        assert cli.main(["convert", "export", *arguments]) == 0
         assert "vision_tower, mm_projector, llm" in capsys.readouterr().out
         arguments = ["--source", str(tmp_path / f"vila{step}"), "--out", str(tmp_path / f"again{step}")]
-        assert main(["import", *arguments]) == 0
+        assert cli.main(["convert", "import", *arguments]) == 0
     assert files(tmp_path / "vila1") == files(tmp_path / "vila2")
     again, config, tokenizer = exports.load_export(tmp_path / "again1")
     assert config.template == "chatml" and config.projector.token_order == order
@@ -222,7 +222,10 @@ def test_what_vila_reads_of_a_root(tmp_path):
 def test_damaged_exports(tmp_path, capsys, model, message):
     (tmp_path / "ours" / "params").mkdir(parents=True)
     (tmp_path / "ours" / "model.json").write_text(json.dumps(model))
-    assert main(["export", "--source", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]) == 2
+    assert (
+        cli.main(["convert", "export", "--source", str(tmp_path / "ours"), "--out", str(tmp_path / "out")])
+        == 2
+    )
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -251,7 +254,7 @@ def test_bad_requests_leave_nothing(tmp_path, capsys):
         ("ours", "gs://bucket/x", "local disk"),
     ):
         target = out if "://" in out else str(tmp_path / out)
-        assert main(["export", "--source", str(tmp_path / source), "--out", target]) == 2
+        assert cli.main(["convert", "export", "--source", str(tmp_path / source), "--out", target]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     model = json.loads((tmp_path / "ours" / "model.json").read_text())

@@ -11,7 +11,8 @@ import pytest
 from foreign import LLAMA, SIGLIP, llama_weights, siglip_weights, write_folder, write_gguf
 from safetensors.numpy import save_file
 
-from vilam3_jax.convert.importer import check_rules, fill, open_source
+from tests.in_memory import fill
+from vilam3_jax.convert.importer import check_rules, open_source
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import families

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from foreign import LLAMA, SIGLIP, llama_weights, siglip_weights, write_folder, write_gguf
 
+from tests.in_memory import fill
+from vilam3_jax import cli
 from vilam3_jax.checkpoints import exports
-from vilam3_jax.convert.importer import check_rules, fill, open_source
-from vilam3_jax.convert.main import main
+from vilam3_jax.convert.importer import check_rules, open_source
 from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe
 
 
@@ -33,7 +34,7 @@ def load(out, source):
 def test_gguf_import_writes_a_whole_export(tmp_path, capsys, dtype):
     file = write_gguf(tmp_path / "model.gguf", llama_weights())
     out = tmp_path / "out"
-    assert main(["import", "--source", str(file), "--out", str(out), "--dtype", dtype]) == 0
+    assert cli.main(["convert", "import", "--source", str(file), "--out", str(out), "--dtype", dtype]) == 0
     config, params = load(out, file)
     expected = fill(open_source(file))
     assert config.kind == "llm" and config.llm.num_kv_heads == 2
@@ -63,7 +64,7 @@ def test_siglip_import_keeps_the_licence_and_needs_no_tokenizer(tmp_path, capsys
     (folder / "LICENSE").write_text("Apache License")
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is fine
-    assert main(["import", "--source", str(folder), "--out", str(out)]) == 0
+    assert cli.main(["convert", "import", "--source", str(folder), "--out", str(out)]) == 0
     config, params = load(out, folder)
     assert config.vision_tower.select_layer == -2 and len(params) == len(fill(open_source(folder)))
     provenance = json.loads((out / "provenance.json").read_text())
@@ -77,7 +78,9 @@ def test_tokenizer_can_be_given(tmp_path):
     train_bpe(["liver spleen"], 270, tmp_path / "words")
     out = tmp_path / "out"
     words = str(tmp_path / "words")
-    assert main(["import", "--source", str(folder), "--out", str(out), "--tokenizer", words]) == 0
+    assert (
+        cli.main(["convert", "import", "--source", str(folder), "--out", str(out), "--tokenizer", words]) == 0
+    )
     assert load_tokenizer(out / "tokenizer").vocab_size <= 270
 
 
@@ -85,7 +88,12 @@ def test_tokenizer_of_a_larger_model_is_refused(tmp_path, capsys):
     folder = write_folder(tmp_path / "llama", LLAMA, llama_weights())
     train_bpe(["liver spleen kidney pancreas"] * 9 + ["effusion opacity nodule"] * 9, 330, tmp_path / "words")
     words = str(tmp_path / "words")
-    assert main(["import", "--source", str(folder), "--out", str(tmp_path / "o"), "--tokenizer", words]) == 2
+    assert (
+        cli.main(
+            ["convert", "import", "--source", str(folder), "--out", str(tmp_path / "o"), "--tokenizer", words]
+        )
+        == 2
+    )
     assert "the tokenizer has" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -95,7 +103,7 @@ def test_out_in_use_is_refused_and_untouched(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("x")
-    assert main(["import", "--source", str(file), "--out", str(out)]) == 2
+    assert cli.main(["convert", "import", "--source", str(file), "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert error == f"vilam3 convert: error: {out}: already exists; choose another --out or remove it\n"
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
@@ -118,7 +126,7 @@ def test_bad_requests_are_one_line_and_leave_nothing(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("hello")
     (tmp_path / "empty").mkdir()
-    assert main(["import", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["convert", "import", *arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "text.txt"]

@@ -9,8 +9,9 @@ from foreign import LLAMA, llama_weights, to_llama_cpp, write_folder, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.in_memory import fill
 from vilam3_jax.convert.gguf import unpermute
-from vilam3_jax.convert.importer import fill, open_source
+from vilam3_jax.convert.importer import open_source
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from foreign import LLAMA, SIGLIP, llama_weights, siglip_weights, write_folder
 
-from vilam3_jax.convert.importer import check_rules, fill, import_model, open_source
+from tests.in_memory import fill
+from vilam3_jax.convert.importer import check_rules, import_model, open_source
 from vilam3_jax.data.tokenizer import load_tokenizer, train_bpe
 from vilam3_jax.errors import UserError
 

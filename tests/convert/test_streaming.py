@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from foreign import LLAMA, llama_weights, write_folder
 
+from tests.in_memory import fill
 from vilam3_jax.checkpoints import exports
-from vilam3_jax.convert.importer import fill, import_model, open_source
+from vilam3_jax.convert.importer import import_model, open_source
 from vilam3_jax.convert.safetensors_files import SafetensorsFolder
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import compat

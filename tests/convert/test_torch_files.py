@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from foreign import LLAMA, llama_weights
 
-from vilam3_jax.convert.main import main
+from vilam3_jax import cli
 
 torch = pytest.importorskip("torch")
 
@@ -34,10 +34,10 @@ def test_pickled_weights(tmp_path, capsys):
 
     weights = llama_weights()
     write(tmp_path / "theirs", weights)
-    command = ["import", "--source", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]
-    assert main(command) == 2
+    command = ["convert", "import", "--source", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]
+    assert cli.main(command) == 2
     assert "--torch_files" in capsys.readouterr().err
-    assert main([*command, "--torch_files"]) == 0
+    assert cli.main([*command, "--torch_files"]) == 0
     found = stored_rows(tmp_path / "ours")["llm/lm_head/kernel"][0].read()
     np.testing.assert_array_equal(found, weights["lm_head.weight"].T)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
@@ -47,11 +47,11 @@ def test_safetensors_beside_pickles_stay_as_they_are(tmp_path, capsys):
     write(tmp_path / "theirs", llama_weights())
     own = tmp_path / "theirs" / "from_pickle-00001.safetensors"
     own.write_bytes(b"mine")
-    command = ["import", "--source", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]
-    assert main([*command, "--torch_files"]) == 0
+    command = ["convert", "import", "--source", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]
+    assert cli.main([*command, "--torch_files"]) == 0
     assert own.read_bytes() == b"mine"
     missing = ["--source", str(tmp_path / "absent"), "--out", str(tmp_path / "x"), "--torch_files"]
-    assert main(["import", *missing]) == 2
+    assert cli.main(["convert", "import", *missing]) == 2
     assert "absent: no such folder" in capsys.readouterr().err
 
 
@@ -68,7 +68,7 @@ def test_what_is_no_dict_of_tensors_is_refused(tmp_path, capsys, damage):
     else:
         file.write_bytes((tmp_path / "theirs" / "pytorch_model-0.bin").read_bytes())
     out = ["--out", str(tmp_path / "ours"), "--torch_files"]
-    assert main(["import", "--source", str(tmp_path / "theirs"), *out]) == 2
+    assert cli.main(["convert", "import", "--source", str(tmp_path / "theirs"), *out]) == 2
     said = capsys.readouterr()
     assert "its PyTorch files cannot be read" in said.err and said.err.count("\n") == 1
     assert "run" not in said.out.split()

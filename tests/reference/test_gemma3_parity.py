@@ -10,8 +10,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from tests.in_memory import fill
 from tests.reference import decoder_parity, torch_weights
-from vilam3_jax.convert import huggingface, importer
+from vilam3_jax.convert import importer
 from vilam3_jax.errors import UserError
 
 LENGTH, WINDOW = 13, 4
@@ -105,7 +106,7 @@ def test_names_of_the_multimodal_model(tmp_path, prefix):
     file = models.folder / "model.safetensors"
     tensors = {name.replace("model.", prefix, 1): value for name, value in load_file(file).items()}
     save_file(tensors, file)
-    again = importer.fill(importer.open_source(models.folder))
+    again = fill(importer.open_source(models.folder))
     np.testing.assert_array_equal(again["llm/embed/embedding"], models.params["embed"]["embedding"])
 
 
@@ -136,7 +137,7 @@ BASE = dict(
 def test_config_json_is_read_as_transformers_reads_it(tmp_path, keys):
     (tmp_path / "config.json").write_text(json.dumps({**BASE, **keys}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    ours = huggingface.llm_config({**BASE, **keys}, tmp_path / "config.json")
+    ours = decoder_parity.llm_config({**BASE, **keys}, tmp_path / "config.json")
     assert list(ours["layer_types"]) == theirs.layer_types
     full, local = theirs.rope_parameters[FULL], theirs.rope_parameters[SLIDING]
     assert (ours["rope_theta"], ours["local_rope_theta"]) == (full["rope_theta"], local["rope_theta"])
@@ -163,4 +164,4 @@ def test_config_json_is_read_as_transformers_reads_it(tmp_path, keys):
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
-        huggingface.llm_config({**BASE, **keys}, tmp_path / "config.json")
+        decoder_parity.llm_config({**BASE, **keys}, tmp_path / "config.json")

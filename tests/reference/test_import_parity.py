@@ -13,8 +13,9 @@ import torch
 import transformers
 from flax import nnx
 
+from tests.in_memory import fill
 from tests.reference import torch_weights
-from vilam3_jax.convert.importer import fill, open_source
+from vilam3_jax.convert.importer import open_source
 from vilam3_jax.models import families, param_paths
 from vilam3_jax.runtime import compat
 

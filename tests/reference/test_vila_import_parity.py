@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from tests.reference import torch_weights
 from tests.reference.test_projector_parity import C, H, layers
+from vilam3_jax import cli
 from vilam3_jax.checkpoints import exports
-from vilam3_jax.convert import main as convert
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.convert.vila import open_vila
 from vilam3_jax.data.batches import PackedBatch
@@ -291,10 +291,10 @@ def test_a_missing_part_and_a_projector_of_another_model(tmp_path, capsys):
     write_vila(tmp_path / "vila", "llama", "mlp_downsample", siglip)
     projector = tmp_path / "vila" / "mm_projector"
     (projector / "config.json").write_text(json.dumps({"mm_projector_type": "mlp2x_gelu"}))
-    command = ["import", "--source", str(tmp_path / "vila"), "--out", str(tmp_path / "out")]
-    assert convert.main(command) == 2
+    command = ["convert", "import", "--source", str(tmp_path / "vila"), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
     assert "tensors not used: layers.1" in capsys.readouterr().err
     (projector / "config.json").unlink()
-    assert convert.main(command) == 2
+    assert cli.main(command) == 2
     assert "mm_projector: has no config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

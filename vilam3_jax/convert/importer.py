@@ -190,19 +190,6 @@ def check_rules(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def fill(checkpoint: Checkpoint, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Reads every parameter of the target model into memory: path → array.
-
-    Raises:
-      UserError: see `check_rules` and `read_leaf`.
-    """
-    rules = {rule.target: (part, rule) for part in checkpoint.parts for rule in part.rules}
-    return {
-        path: np.asarray(read_leaf(*rules[path], Leaf(path, path, 0, shape, dtype)))
-        for path, shape in check_rules(checkpoint).items()
-    }
-
-
 def read_leaf(part: Source, rule: TensorRule, leaf: Leaf) -> jax.Array:
     """Reads a stored leaf into host memory, sharded over processes.
 

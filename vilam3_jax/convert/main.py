@@ -5,25 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
-
-from vilam3_jax.errors import UserError
 
 if TYPE_CHECKING:  # the import of jax behind it is slow
     from vilam3_jax.convert.importer import Progress
 
 
-def main(argv: list[str]) -> int:
-    """Runs `vilam3 convert import|export ...`; returns the exit code, 2 after an error message on stderr."""
+def main(argv: Sequence[str]) -> int:
+    """Runs `vilam3 convert import|export ...`."""
     arguments = _parser().parse_args(argv)
-    try:
-        return _ACTIONS[arguments.action](arguments)
-    except UserError as error:
-        print(f"vilam3 convert: error: {error}", file=sys.stderr)
-        return 2
+    return arguments.run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,55 +26,47 @@ def _parser() -> argparse.ArgumentParser:
         description="Import checkpoints of other tools, or export models to their formats.",
     )
     commands = parser.add_subparsers(dest="action", required=True)
-    command = commands.add_parser(
+    imports = commands.add_parser(
         "import",
         help="read a Hugging Face folder or a GGUF file",
         description="Read a language model (Llama, Qwen2, Qwen3, Mistral or Gemma 3 as a Hugging Face "
         "folder; Llama as a GGUF file), a SigLIP or InternViT vision tower, or a whole VILA folder, and "
         "write a folder that training can start from (--config.init.llm=DIR, .vision_tower, .everything).",
     )
-    command.add_argument("--source", required=True, help="GGUF file or Hugging Face model folder")
-    command.add_argument("--out", required=True, help="folder to create; may be gs://...")
+    imports.set_defaults(run=_import)
+    add = imports.add_argument
+    add("--source", required=True, help="GGUF file or Hugging Face model folder")
+    add("--out", required=True, help="folder to create; may be gs://...")
     formats = "auto, gguf, hugging_face, siglip_pair or vila (default: auto)"
-    command.add_argument("--format", default="auto", help=formats)
-    command.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16 or auto: bfloat16 if the source is (default: auto)"
-    )
-    command.add_argument("--tokenizer", help="tokenizer folder that replaces the source's")
-    command.add_argument(
+    add("--format", default="auto", help=formats)
+    dtypes = "float32, bfloat16 or auto: bfloat16 if the source is (default: auto)"
+    add("--dtype", default="auto", help=dtypes)
+    add("--tokenizer", help="tokenizer folder that replaces the source's")
+    add(
         "--torch_files",
         action="store_true",
         help="read weights pickled by PyTorch (.bin, .pt, .pth) in another process that builds only tensors; "
         "needs the experts' package",
     )
-    _add_verify(command)
     for name, kind in (("coordinator_address", str), ("num_processes", int), ("process_id", int)):
-        command.add_argument(
-            f"--{name}", type=kind, help="as in `vilam3 train`: several processes share the work"
-        )
-    command.add_argument("--distributed", action="store_true", help="find the processes in the environment")
-    command = commands.add_parser(
+        add(f"--{name}", type=kind, help="as in `vilam3 train`: several processes share the work")
+    add("--distributed", action="store_true", help="find the processes in the environment")
+    exports = commands.add_parser(
         "export",
         help="write Hugging Face folders",
         description="Write an export of a run or of an import as a VILA folder (llm/, vision_tower/ and "
         "mm_projector/, each a Hugging Face folder), or a single component as a Hugging Face folder.",
     )
-    command.add_argument("--source", required=True, help="export folder")
-    command.add_argument("--out", required=True, help="folder to create, on a local disk")
-    command.add_argument(
-        "--dtype", default="auto", help="float32, bfloat16 or auto: that of the export (default: auto)"
-    )
-    _add_verify(command)
+    exports.set_defaults(run=_export)
+    add = exports.add_argument
+    add("--source", required=True, help="export folder")
+    add("--out", required=True, help="folder to create, on a local disk")
+    dtypes = "float32, bfloat16 or auto: that of the export (default: auto)"
+    add("--dtype", default="auto", help=dtypes)
+    verify = "hash all files and read the result back (default: yes)"
+    for command in (imports, exports):
+        command.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help=verify)
     return parser
-
-
-def _add_verify(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="hash all files and read the result back (default: yes)",
-    )
 
 
 @contextlib.contextmanager
@@ -148,9 +134,3 @@ def _export(arguments: argparse.Namespace) -> int:
 def _print(*rows: tuple[str, str]) -> None:
     for name, value in rows:
         print(f"{name:<17} {value}")
-
-
-_ACTIONS = {"import": _import, "export": _export}
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vilam3_jax.datasets import prepare, registry
-from vilam3_jax.datasets.dataset import ACCESS_CLASSES, Dataset
+from vilam3_jax.datasets.dataset import Dataset
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
@@ -35,7 +35,7 @@ def test_what_users_are_told(dataset):
     assert registry.get(dataset.name) is dataset
     assert re.fullmatch(r"[a-z][a-z0-9_]*", dataset.name)
     assert re.fullmatch(r"\d+\.\d+\.\d+", dataset.version)
-    assert dataset.access in ACCESS_CLASSES
+    assert dataset.access in ("open", "registered", "credentialed")
     assert dataset.licence and dataset.__doc__ and dataset.splits is not Dataset.splits
     assert dataset.description and "\n" not in dataset.description
     assert len(dataset.instructions.split()) >= 10

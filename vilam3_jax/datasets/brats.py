@@ -121,7 +121,8 @@ def _make_case(case: _Case, context: Context, options: SliceOptions) -> Iterator
         structure("enhancing tumor", labels == ENHANCING, scan, "part"),
     ]
     facts = {"patient": case.patient, "grade": case.grade or None, "age_band": age_band(case.age)}
-    grade = [_grade_question(case.grade)] if case.grade else []
+    question, grades = "Which grade does the glioma have?", tuple(GRADES.values())
+    grade = [question_meta(question, GRADES[case.grade], "grade", options=grades)] if case.grade else []
     indices, shown = None, None
     if context.parity:
         complete = [labels == label for label in (CORE, EDEMA, ENHANCING)]
@@ -129,12 +130,6 @@ def _make_case(case: _Case, context: Context, options: SliceOptions) -> Iterator
         indices, shown = pick(planes, options.slices, context.rng(case.name)), [0] * len(files)
     yield from labelled_scans.slice_records(
         context, scan, structures, options, facts, indices=indices, shown=shown, on_lesions=grade
-    )
-
-
-def _grade_question(grade: str) -> dict[str, Any]:
-    return question_meta(
-        "Which grade does the glioma have?", GRADES[grade], "grade", options=tuple(GRADES.values())
     )
 
 

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef
+from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage
 from vilam3_jax.datasets.conversations import YES_NO, conversation, metadata, pair, question_meta
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem
 from vilam3_jax.datasets.label_sentences import NORMAL, describe
@@ -186,10 +186,10 @@ def film_name(film: Any) -> str:
     return f"{film.source} row {film.row}"
 
 
-def with_film_expert(example: Example) -> Example:
-    """Requests the film expert's result, if available, before the first answer."""
+def with_film_expert(example: Example, image: int = 0) -> Example:
+    """Requests the film expert's result for one image, if available, before the first answer."""
     answer = next(index for index, turn in enumerate(example.turns) if turn.role == "assistant")
-    request = ExpertRequest(EXPERT, before_turn=answer, policy="optional")
+    request = ExpertRequest(EXPERT, images=(RequestImage(image),), before_turn=answer, policy="optional")
     return dataclasses.replace(example, expert_requests=(request,))
 
 
@@ -245,11 +245,7 @@ class FilmDataset(Dataset):
     findings: ClassVar[tuple[str, ...]]
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
-        """Checks the options.
-
-        Raises:
-          UserError: `--questions` is out of range.
-        """
+        """Raises `UserError` if `--questions` is out of range."""
         super().__init__(options, config)
         if not 1 <= self.options.questions <= len(self.findings):
             raise UserError(f"--questions {self.options.questions}: give 1 to {len(self.findings)}")

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
-from etils import epath
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.data.experts.dialogues.phrases import with_article
@@ -67,8 +66,10 @@ _VOLUME = re.compile(r"((train|valid)_\d+)_([a-z]+)_\d+")
 _ENDING = ".nii.gz"
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _NOT_GIVEN = ("", "not given", "nan")
-_FINDINGS_REQUEST = "Describe the findings of this chest CT."
-_IMPRESSION_REQUEST = "What is the impression of this chest CT?"
+_REQUESTS = {
+    "findings": "Describe the findings of this chest CT.",
+    "impression": "What is the impression of this chest CT?",
+}
 _QUESTIONS = ("Does this chest CT show {name}?", "Is there {name} in this chest CT?")
 _MAX_ASKED = 4  # present findings, and as many absent ones but at least one
 _MODEL_WINDOW = "model"
@@ -166,8 +167,8 @@ class CtRate(Dataset):
         one = self.options.reconstructions == "one"
         splits = {}
         for split, folder in folders.items():
-            tables = _Tables.read(source, base, split, fixed=fixed, labelled=self.config == "findings")
-            volumes = _volumes(source, tables, split, folder)
+            labelled = self.config == "findings"
+            volumes = _volumes(source, base, split, folder, fixed=fixed, labelled=labelled)
             items = _by_scan(volumes) if one else [(volume,) for volume in _weighted(volumes)]
             expected = (SCANS if one else VOLUMES)[split]
             per_item = slices.slices if self.config == "slices" else 1
@@ -200,7 +201,13 @@ def _records(volume: _Volume, context: Context, slices: SliceOptions, windows: W
     if context.config == "volumes" and not any(texts.values()):
         raise SkipItem("its report has neither findings nor impression")
     if volume.correction is not None:
-        _check_axes(file_of(context, volume.path), volume.correction)
+        header = describe_volume(file_of(context, volume.path))
+        codes = "".join(nib.orientations.aff2axcodes(header.affine))
+        if codes != volume.correction.codes:
+            raise SkipItem(
+                f"its header has the axes {codes}, its metadata {volume.correction.codes}; download the "
+                "volume from the `_fixed` folder"
+            )
     scan = read_scan(context, volume.name, [("", volume.path)], "CT")
     patient, _, letter = volume.name.rpartition("_")[0].rpartition("_")
     facts: dict[str, Any] = {
@@ -217,7 +224,11 @@ def _records(volume: _Volume, context: Context, slices: SliceOptions, windows: W
     if context.config == "findings":
         questions = _label_questions(volume.labels, context.rng(volume.name))
     else:
-        questions = _report_questions(texts)
+        questions = [
+            question_meta(_REQUESTS[section], text, section, label_source="radiologist")
+            for section, text in texts.items()
+            if text
+        ]
     meta = metadata(context, modality="CT", label_source=questions[0]["label_source"], **facts)
     meta["input_key"] = scan.keys[0]
     if len(windows) > 1:
@@ -230,25 +241,6 @@ def _records(volume: _Volume, context: Context, slices: SliceOptions, windows: W
     yield question_conversation(scan.name, images, meta, questions)
 
 
-def _check_axes(path: epath.Path, correction: _Correction) -> None:
-    """Raises `SkipItem` if the orientation in the file's header and in the metadata differ."""
-    codes = "".join(nib.orientations.aff2axcodes(describe_volume(path).affine))
-    if codes != correction.codes:
-        raise SkipItem(
-            f"its header has the axes {codes}, its metadata {correction.codes}; download the volume from the "
-            "`_fixed` folder"
-        )
-
-
-def _report_questions(texts: Mapping[str, str]) -> list[dict[str, Any]]:
-    requests = {"findings": _FINDINGS_REQUEST, "impression": _IMPRESSION_REQUEST}
-    return [
-        question_meta(requests[section], text, section, label_source="radiologist")
-        for section, text in texts.items()
-        if text
-    ]
-
-
 def _label_questions(labels: Mapping[str, bool], rng: random.Random) -> list[dict[str, Any]]:
     present = [name for name in FINDINGS if labels.get(name) is True]
     absent = [name for name in FINDINGS if labels.get(name) is False]
@@ -258,13 +250,12 @@ def _label_questions(labels: Mapping[str, bool], rng: random.Random) -> list[dic
     if not answers:
         raise SkipItem("has no label with a value")
     rng.shuffle(answers)
-    return [_finding(name, answer, rng) for name, answer in answers]
-
-
-def _finding(name: str, answer: str, rng: random.Random) -> dict[str, Any]:
-    phrase = with_article(name.lower()) if name in _COUNTABLE else name.lower()
-    question = rng.choice(_QUESTIONS).format(name=phrase)
-    return question_meta(question, answer, "finding", options=YES_NO, label_source="labeler")
+    questions = []
+    for name, answer in answers:
+        phrase = with_article(name.lower()) if name in _COUNTABLE else name.lower()
+        question = rng.choice(_QUESTIONS).format(name=phrase)
+        questions.append(question_meta(question, answer, "finding", options=YES_NO, label_source="labeler"))
+    return questions
 
 
 def _section(text: str) -> str:
@@ -301,43 +292,25 @@ def _volume_folders(source: SourceFolder, base: str, instructions: str) -> tuple
     return fixed or raw, bool(fixed)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tables:
-    """The tables of a split, by volume."""
+def _volumes(
+    source: SourceFolder, base: str, split: str, folder: str, *, fixed: bool, labelled: bool
+) -> list[_Volume]:
+    """Joins the tables of a split; labels and metadata are optional unless needed."""
 
-    reports: str  # path
-    labels: Mapping[str, Mapping[str, bool]]
-    people: Mapping[str, tuple[str, str]]  # (sex, age)
-    corrections: Mapping[str, _Correction] | None  # None if headers are fixed
-    heads: frozenset[str]  # volumes that show no chest
+    def named(kind: str, stem: str) -> list[str]:
+        return [f"{base}{kind}/{prefix}_{stem}" for prefix in _PREFIXES[split]]
 
-    @classmethod
-    def read(cls, source: SourceFolder, base: str, split: str, *, fixed: bool, labelled: bool) -> _Tables:
-        """Reads the tables; labels and metadata are optional unless needed."""
-
-        def named(kind: str, stem: str) -> list[str]:
-            return [f"{base}{kind}/{prefix}_{stem}" for prefix in _PREFIXES[split]]
-
-        reports = named("radiology_text_reports", "reports.csv")
-        labels = named("multi_abnormality_labels", "predicted_labels.csv")
-        about = named("metadata", "metadata.csv")
-        needed = [reports, *([labels] if labelled else []), *([] if fixed else [about])]
-        table = source.require(*needed)[0]
-        file = source.find(*about)
-        lists = [f"{base}metadata/no_chest_{prefix}.txt" for prefix in _PREFIXES[split]]
-        return cls(
-            table,
-            _labels(source, source.find(*labels)),
-            _people(source, file),
-            None if fixed else _corrections(source, file or ""),
-            _no_chest(source, lists),
-        )
-
-
-def _volumes(source: SourceFolder, tables: _Tables, split: str, folder: str) -> list[_Volume]:
+    reports = named("radiology_text_reports", "reports.csv")
+    predicted = named("multi_abnormality_labels", "predicted_labels.csv")
+    about = named("metadata", "metadata.csv")
+    table, *_ = source.require(reports, *([predicted] if labelled else []), *([] if fixed else [about]))
+    file = source.find(*about)
+    labels, people = _labels(source, source.find(*predicted)), _people(source, file)
+    corrections = {} if fixed else _corrections(source, file or "")
+    heads = _no_chest(source, [f"{base}metadata/no_chest_{prefix}.txt" for prefix in _PREFIXES[split]])
     columns = {"name": ["VolumeName"], "findings": ["Findings_EN"], "impression": ["Impressions_EN"]}
     found, seen = [], set()
-    for number, row in enumerate(source.table(tables.reports, columns), 1):
+    for number, row in enumerate(source.table(table, columns), 1):
         name = row["name"].strip().removesuffix(_ENDING)
         parts = _VOLUME.fullmatch(name)
         problem = ""
@@ -347,22 +320,22 @@ def _volumes(source: SourceFolder, tables: _Tables, split: str, folder: str) -> 
             problem = "its volume is a duplicate"
         elif name in DAMAGED:
             problem = "its volume is known to be damaged"
-        elif name in tables.heads:
+        elif name in heads:
             problem = "shows no chest, by the source's list"
-        elif tables.corrections is not None and name not in tables.corrections:
+        elif not fixed and name not in corrections:
             problem = "the metadata do not correct its wrong header"
         seen.add(name)
         path = f"{folder}/{parts[1]}/{parts[1]}_{parts[3]}/{name}{_ENDING}" if parts and name else ""
         found.append(
             _Volume(
-                f"{tables.reports.rpartition('/')[2]} row {number}",
+                f"{table.rpartition('/')[2]} row {number}",
                 name,
                 path,
                 row["findings"],
                 row["impression"],
-                tables.labels.get(name, {}),
-                *tables.people.get(name, ("", "")),
-                correction=(tables.corrections or {}).get(name),
+                labels.get(name, {}),
+                *people.get(name, ("", "")),
+                correction=corrections.get(name),
                 problem=problem,
             )
         )

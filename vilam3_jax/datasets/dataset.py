@@ -22,8 +22,7 @@ from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.runtime import paths
 
-ACCESS_CLASSES = ("open", "registered", "credentialed")
-_MAX_IMAGE_BYTES = 64 << 20
+MAX_IMAGE_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +108,11 @@ class Context:
         except OSError as error:
             paths.check_passing(file, error)
             raise self._missing(f"image {path}") from None
-        if not 0 < size <= _MAX_IMAGE_BYTES:
-            raise SkipItem(f"image {path} has {size} bytes; up to {_MAX_IMAGE_BYTES} are read")
+        if not 0 < size <= MAX_IMAGE_BYTES:
+            raise SkipItem(f"image {path} has {size} bytes; up to {MAX_IMAGE_BYTES} are read")
         if not self.copy_images:
             return ImageRef(path=path)
-        return ImageRef(data=paths.read_bytes(file, _MAX_IMAGE_BYTES))
+        return ImageRef(data=paths.read_bytes(file, MAX_IMAGE_BYTES))
 
     def volume(
         self,

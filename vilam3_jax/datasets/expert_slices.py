@@ -28,7 +28,7 @@ from vilam3_jax.datasets.conversations import metadata
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Split
 from vilam3_jax.datasets.labelled_scans import AXIS, Scan, SliceOptions
 from vilam3_jax.datasets.samples import INDEX_NAME, MODALITY_CODES, read_samples
-from vilam3_jax.datasets.slices import MIN_PIXELS, body_slices, pick, pick_halves
+from vilam3_jax.datasets.slices import MIN_PIXELS, body_slices, pick_halves
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.datasets.user_data import read_json
 from vilam3_jax.errors import UserError
@@ -208,8 +208,6 @@ def _slices(scan: Scan, selection: _Selection, context: Context) -> list[int]:
     rng = context.rng(scan.name)
     with_lesion = np.flatnonzero(enough & (lesions > 0)).tolist()
     without = np.flatnonzero(enough & (lesions == 0)).tolist()
-    if not with_lesion:
-        return pick(without, selection.slices, rng)
     return pick_halves(with_lesion, without, selection.slices, rng)
 
 

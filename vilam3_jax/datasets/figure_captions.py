@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
+import posixpath
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from vilam3_jax.data.examples import Example
@@ -53,11 +54,10 @@ class FigureDataset(Dataset):
         figures: Iterable[tuple[int, Figure | ValueError]],
         taken: set[str],
         expected: int | None = None,
-        id_of: Callable[[Any], object] = lambda figure: figure.file.removesuffix(".jpg"),
     ) -> Split:
-        """Returns a split of the numbered figures of a file; see `rows_of` and `Split`."""
+        """Returns a split of the numbered figures of a file; ids are their file names without suffix."""
         kind = "pair" if self.options.pairs else "caption"
-        rows = rows_of(file, figures, id_of, taken=taken)
+        rows = rows_of(file, figures, lambda f: posixpath.basename(f.file).rpartition(".")[0], taken=taken)
         return Split(rows, functools.partial(_make, kind=kind), name_of, expected)
 
 

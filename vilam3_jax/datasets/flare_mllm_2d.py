@@ -88,7 +88,10 @@ class FlareMllm2d(Dataset):
             if folder := source.find(*folders):
                 files = _question_files(source, folder, ending)
                 _check_images(source, files, images)
-                rows = [row for file in files for row in _rows(source, file, split, taken)]
+                rows = []
+                for file in files:
+                    prefix, numbered = f"{split}/{file.split('/')[-2]}", enumerate(source.json_list(file), 1)
+                    rows += rows_of(file, numbered, _source_id, prefix=prefix, taken=taken)
                 found[split] = Split(rows, _make, name_of)
         return found
 
@@ -101,9 +104,9 @@ def _make(row: Row, context: Context) -> Iterator[Example]:
     images = [_image(name, row.file, context) for name in names]
     question = text_of(values.get("question"), "question").strip()
     answer = _answer(_first(values, "answer", "report"), family)
-    choice = _choice(question, _first(values, "choices", "options"), answer)
-    if choice and context.split == "train":
-        choice = choice.shuffled(context.rng(row.id))
+    options = _first(values, "choices", "options")
+    if options and not isinstance(options, list | dict):
+        raise SkipItem(f"the options are a {type(options).__name__}, not a list")
     modality = "CXR" if dataset in _CHEST else _MODALITIES.get(category.lower(), category.upper())
     meta = metadata(
         context,
@@ -112,7 +115,10 @@ def _make(row: Row, context: Context) -> Iterator[Example]:
         source=dataset,
         source_split=word(values, "split") or None,
     )
-    if choice:
+    if options:
+        choice = multiple_choice.listed_choice(question, options, answer)
+        if context.split == "train":
+            choice = choice.shuffled(context.rng(row.id))
         yield choice.example(row.id, images, meta, family)
     else:
         yield question_conversation(row.id, images, meta, [question_meta(question, answer, family)])
@@ -138,12 +144,6 @@ def _check_images(source: SourceFolder, files: list[str], images: str) -> None:
     if lacking:
         packed = " (unpack its .zip)" if source.find(f"{lacking[0]}.zip") else ""
         raise UserError(f"{source.root}: {', '.join(lacking)} missing{packed}")
-
-
-def _rows(source: SourceFolder, file: str, split: str, taken: set[str]) -> list[Row]:
-    dataset = file.split("/")[-2]
-    numbered = enumerate(source.json_list(file), 1)
-    return rows_of(file, numbered, _source_id, prefix=f"{split}/{dataset}", taken=taken)
 
 
 def _source_id(row: Mapping[str, Any]) -> object:
@@ -207,11 +207,3 @@ def _answer(value: Any, family: str) -> str:
 
 def _is_set(flag: Any) -> bool:
     return flag.strip().lower() not in _ABSENT if isinstance(flag, str) else bool(flag)
-
-
-def _choice(question: str, options: Any, answer: str) -> multiple_choice.Choice | None:
-    if not options:
-        return None
-    if not isinstance(options, list | dict):
-        raise SkipItem(f"the options are a {type(options).__name__}, not a list")
-    return multiple_choice.listed_choice(question, options, answer)

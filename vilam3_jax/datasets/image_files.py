@@ -11,12 +11,11 @@ from collections.abc import Sequence
 
 from vilam3_jax.data import file_kinds
 from vilam3_jax.data.examples import ImageRef, path_problem
-from vilam3_jax.datasets.dataset import Context, SkipItem
+from vilam3_jax.datasets.dataset import MAX_IMAGE_BYTES, Context, SkipItem
 from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
-MAX_IMAGE_BYTES = 64 << 20
 _KIND_BYTES = 1 << 16
 _OPEN_ARCHIVES = 4
 # Errors of zipfile for members that are damaged, encrypted or compressed by an unknown method.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import base64
 import binascii
-import collections
 import dataclasses
 import functools
 import os
@@ -141,21 +140,10 @@ def _uint64(values: array.array[int]) -> np.ndarray:
 
 
 def _identities(ids: np.ndarray, contents: np.ndarray) -> np.ndarray:
-    out = np.full(len(ids), UNIQUE, np.uint8)
-    _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    several = np.flatnonzero(counts[inverse] > 1)
-    found: dict[tuple[int, int], None] = {}
-    different = collections.Counter()
-    for position in several.tolist():
-        key = (int(ids[position]), int(contents[position]))
-        if key in found:
-            out[position] = COPY
-        else:
-            found[key] = None
-            different[key[0]] += 1
-    for position in several.tolist():
-        if out[position] != COPY and different[int(ids[position])] > 1:
-            out[position] = SHARED_ID
+    out = np.full(len(ids), COPY, np.uint8)
+    records, first = np.unique(np.stack([ids, contents], axis=1), axis=0, return_index=True)
+    _, of_id, counts = np.unique(records[:, 0], return_inverse=True, return_counts=True)
+    out[first] = np.where(counts[of_id] > 1, SHARED_ID, UNIQUE)
     return out
 
 

@@ -14,6 +14,7 @@ from vilam3_jax.datasets import conversations
 from vilam3_jax.datasets.chest_findings import NORMAL, question
 from vilam3_jax.datasets.conversations import YES_NO, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
+from vilam3_jax.datasets.report_examples import headed
 from vilam3_jax.datasets.report_text import clean
 from vilam3_jax.datasets.reports import MAX_REPORT_BYTES, Report, parse_report
 from vilam3_jax.datasets.rows import Row, rows_of
@@ -146,8 +147,8 @@ def _report(path: str, context: Context, images: str, target: Sequence[str]) -> 
     if not texts:
         raise SkipItem(f"its report has no {' and no '.join(target)} without masked words")
     shown = [_image(name, report, context, images) for name in _names(report)]
-    qa = _report_question(tuple(texts), len(shown), _headed(texts))
-    meta = _meta(report, context, raw_report=_headed({head: text for head, text in raw.items() if text}))
+    qa = _report_question(tuple(texts), len(shown), headed(texts))
+    meta = _meta(report, context, raw_report=headed({head: text for head, text in raw.items() if text}))
     yield conversations.question_conversation(report.id, shown, meta, [qa])
 
 
@@ -234,13 +235,7 @@ def _cleaned(text: str) -> str:
     """Removes sentences with a masked word, converted to MIMIC's mask for `report_text.clean`."""
     if len(text) > _MAX_REPORT:
         raise SkipItem(f"its report has {len(text)} characters; up to {_MAX_REPORT} are read")
-    return clean(_MASK.sub("___", text)).text
-
-
-def _headed(texts: Mapping[str, str]) -> str:
-    if len(texts) == 1:
-        return next(iter(texts.values()))
-    return "\n".join(f"{head.capitalize()}: {text}" for head, text in texts.items())
+    return clean(_MASK.sub("___", text))
 
 
 def _is_normal(report: Report) -> bool | None:

@@ -6,13 +6,13 @@ The idea is from FLAIR (Silva-Rodríguez et al., Medical Image Analysis 2025). T
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.resources
 import json
 import random
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 NORMAL = "no_finding"
 _MAX_NAMED = 5  # findings per sentence: text towers read 64 tokens
@@ -31,53 +31,40 @@ _DENIED = ("{image} without {terms}.", "{image} that does not show {terms}.")
 _ADDED_DENIAL = (" There is no sign of {terms}.", " It does not show {terms}.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Definition:
+class Definition(NamedTuple):
     """Definition of a label.
 
     Attributes:
-      name: lower case with underscores.
-      aliases: synonymous labels.
       terms: noun phrases that name it; the first is canonical.
       descriptions: noun phrases of its appearance.
-      source: citation of a work and an entry in it.
     """
 
-    name: str
-    aliases: tuple[str, ...]
     terms: tuple[str, ...]
     descriptions: tuple[str, ...]
-    source: str
 
 
 @functools.cache
-def definitions() -> Mapping[str, Definition]:
-    """Returns all definitions by name."""
+def _definitions() -> Mapping[str, Definition]:
+    """Returns all definitions by name and alias, see `_key`."""
     text = importlib.resources.files("vilam3_jax.datasets").joinpath("definitions.json").read_text("utf-8")
-    content = json.loads(text)
-    found = {}
-    for row in content["findings"]:
-        aliases, terms, descriptions = (tuple(row[key]) for key in ("aliases", "terms", "descriptions"))
-        source = f"{content['works'][row['source']['work']]} Entry: {row['source']['entry']}"
-        found[row["name"]] = Definition(row["name"], aliases, terms, descriptions, source)
-    return found
+    return {
+        _key(name): Definition(tuple(row["terms"]), tuple(row["descriptions"]))
+        for row in json.loads(text)["findings"]
+        for name in (row["name"], *row["aliases"])
+    }
 
 
 def find(label: str) -> Definition | None:
-    """Returns the definition of a label, in any spelling, or None.
+    """Returns the definition of a label or a synonym, in any spelling, or None.
 
-    >>> find("Pleural_Thickening").name, find("Lung nodule").name
-    ('pleural_thickening', 'nodule')
+    >>> find("Pleural_Thickening") is find("pleural thickening"), find("Lung nodule") == find("nodule")
+    (True, True)
     """
-    return _by_label().get(_key(label))
+    return _definitions().get(_key(label))
 
 
 def describe(
-    states: Mapping[str, bool | None],
-    rng: random.Random | None = None,
-    *,
-    modality: str = "CXR",
-    image: str = "",
+    states: Mapping[str, bool | None], rng: random.Random | None = None, *, modality: str = "CXR"
 ) -> str:
     """Describes an image by its labels, in one or two sentences of at most about 50 words.
 
@@ -86,12 +73,11 @@ def describe(
         `NORMAL` means a normal image, whatever is absent.
       rng: draws wording, omitted findings and whether to mention absent ones; None for canonical sentences.
       modality: "CXR" or "CT"; determines the name of the image.
-      image: name of the image instead, such as "Fundus photograph".
 
     Raises:
       ValueError: no label is present or absent.
     """
-    named = image or _choice(_IMAGES.get(modality, (f"{modality} image" if modality else "Image",)), rng)
+    named = _choice(_IMAGES.get(modality, (f"{modality} image" if modality else "Image",)), rng)
     present = [label for label, state in states.items() if state and label != NORMAL]
     absent = [label for label, state in states.items() if state is False and label != NORMAL]
     if present:
@@ -105,20 +91,18 @@ def describe(
 
 
 def _of_present(image: str, labels: Sequence[str], rng: random.Random | None) -> str:
-    if len(labels) == 1:
-        definition = find(labels[0])
-        if definition is not None:
-            return _choice(_DEFINED, rng).format(
-                image=image,
-                term=_choice(definition.terms, rng),
-                description=_choice(definition.descriptions, rng),
-            )
+    if len(labels) == 1 and (definition := find(labels[0])) is not None:
+        return _choice(_DEFINED, rng).format(
+            image=image,
+            term=_choice(definition.terms, rng),
+            description=_choice(definition.descriptions, rng),
+        )
     terms = [_choice(_terms(label), rng) for label in _some(labels, _MAX_NAMED, rng)]
     return _choice(_NAMED, rng).format(image=image, terms=_listed(terms, "and"))
 
 
 def _of_normal(image: str, rng: random.Random | None) -> str:
-    normal = definitions()[NORMAL]
+    normal = _definitions()[_key(NORMAL)]
     inner = image if image[:2].isupper() else image[0].lower() + image[1:]
     words = _choice((*normal.terms, *normal.descriptions), rng)
     return _choice((f"Normal {inner}.", f"{image} with {words}."), rng)
@@ -146,13 +130,6 @@ def _choice(options: Sequence[str], rng: random.Random | None) -> str:
 
 def _listed(terms: Sequence[str], last: str) -> str:
     return terms[0] if len(terms) == 1 else f"{', '.join(terms[:-1])} {last} {terms[-1]}"
-
-
-@functools.cache
-def _by_label() -> Mapping[str, Definition]:
-    found = definitions().values()
-    aliases = {_key(alias): one for one in found for alias in one.aliases}
-    return aliases | {_key(one.name): one for one in found}
 
 
 def _key(label: str) -> str:

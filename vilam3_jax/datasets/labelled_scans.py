@@ -24,7 +24,7 @@ from vilam3_jax.data.experts.dialogues.phrases import plural, said, with_article
 from vilam3_jax.data.volumes import GRID_TOLERANCE, Volume, grid_distance, load_label_map, read_volume
 from vilam3_jax.datasets.conversations import YES_NO, metadata, question_conversation, question_meta
 from vilam3_jax.datasets.dataset import Context, Dataset, SkipItem, Skipped, Split
-from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS, body_slices, pick, pick_halves
+from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS, body_slices, pick_halves
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
@@ -43,10 +43,7 @@ _LESION = (
     "Can {name} be seen in this slice?",
     "Is there {name} in this slice?",
 )
-_COUNT = (
-    "How many {names} does this scan show?",
-    "What is the number of {names} in this scan?",
-)
+_COUNT = ("How many {names} does this scan show?", "What is the number of {names} in this scan?")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -243,10 +240,8 @@ def choose_slices(
             enough &= (one.pixels == 0) | (one.pixels >= MIN_PIXELS)
     if options.labelled_only:
         enough &= marked
-    with_lesion = np.flatnonzero(enough & lesion).tolist()
-    if not with_lesion:
-        return pick(np.flatnonzero(enough).tolist(), options.slices, rng)
-    return pick_halves(with_lesion, np.flatnonzero(enough & ~lesion).tolist(), options.slices, rng)
+    with_lesion, without = (np.flatnonzero(enough & chosen).tolist() for chosen in (lesion, ~lesion))
+    return pick_halves(with_lesion, without, options.slices, rng)
 
 
 def slice_records(
@@ -316,15 +311,10 @@ def slice_questions(structures: Sequence[Structure], index: int, rng: random.Ran
     Asks for every lesion, and for up to three other structures that are on the slice and three that are not.
     The latter are preferably on other slices of the scan, so that the answer does not follow from the scan.
     """
-    asked: list[tuple[Structure, bool]] = []
-    on: list[Structure] = []
-    off: list[Structure] = []
-    for one in structures:
-        present = one.on(index)
-        if present is not None and one.lesion:
-            asked.append((one, present))
-        elif present is not None:
-            (on if present else off).append(one)
+    known = [(one, present) for one in structures if (present := one.on(index)) is not None]
+    asked = [(one, present) for one, present in known if one.lesion]
+    on = [one for one, present in known if present and not one.lesion]
+    off = [one for one, present in known if not present and not one.lesion]
     rng.shuffle(off)
     off.sort(key=lambda one: one.ml == 0)
     asked += [(one, True) for one in rng.sample(on, min(_MAX_ASKED, len(on)))]

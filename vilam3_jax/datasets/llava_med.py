@@ -24,13 +24,7 @@ _FILES = {
     "fig_captions": "llava_med_instruct_fig_captions.json",
     "eval": "llava_med_eval_qa50_qa.jsonl",
 }
-_MODALITIES = {
-    "chest_xray": "CXR",
-    "mri": "MR",
-    "ct_scan": "CT",
-    "histology": "PATHOLOGY",
-    "gross": "GROSS",
-}
+_MODALITIES = {"chest_xray": "CXR", "mri": "MR", "ct_scan": "CT", "histology": "PATHOLOGY", "gross": "GROSS"}
 _FIGURE = re.compile(r"(.+?)_F[^_]*\.\w+$")
 
 

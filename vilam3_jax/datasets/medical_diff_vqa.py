@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
-from vilam3_jax.data.examples import Example, ExpertRequest, RequestImage
+from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import mimic_cxr
-from vilam3_jax.datasets.chest_findings import EXPERT, with_film_expert
+from vilam3_jax.datasets.chest_findings import with_film_expert
 from vilam3_jax.datasets.conversations import YES_NO, conversation, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped, Split
 from vilam3_jax.datasets.mimic_cxr import FRONTAL, Film, MimicDataset, number_of, split_named
@@ -18,12 +17,7 @@ from vilam3_jax.datasets.source_files import SourceFolder
 
 KINDS = ("abnormality", "location", "type", "level", "view", "presence")
 DIFFERENCE = "difference"
-_FOLDERS = (
-    "",
-    "medical-diff-vqa/1.0.0",
-    "medical-diff-vqa",
-    "physionet.org/files/medical-diff-vqa/1.0.0",
-)
+_FOLDERS = ("", "medical-diff-vqa/1.0.0", "medical-diff-vqa", "physionet.org/files/medical-diff-vqa/1.0.0")
 _BLANK = ("", "nan", "null")
 _NO_REFERENCE = (*_BLANK, "0", "0.0", "none", "-1", "-1.0")
 _MAX_TEXT = 10_000  # characters; the longest answers have hundreds
@@ -130,11 +124,7 @@ def _films(source: SourceFolder, table: str) -> dict[str, tuple[str, Film]]:
 
 
 def _grouped(
-    source: SourceFolder,
-    table: str,
-    films: Mapping[str, tuple[str, Film]],
-    difference: bool,
-    by_file: bool,
+    source: SourceFolder, table: str, films: Mapping[str, tuple[str, Film]], difference: bool, by_file: bool
 ) -> dict[str, list[Item]]:
     """Groups questions to items by split, in the order of their first questions."""
     columns = {
@@ -223,17 +213,9 @@ def _examples(
         questions=[_question_meta(question, context.parity, len(images) - 1) for question in kept],
         marker="after",
     )
-    yield _with_expert(example, item)
-
-
-def _with_expert(example: Example, item: Item) -> Example:
-    """Requests the film expert for the current film if it is frontal."""
-    if item.film.view not in FRONTAL:
-        return example
-    if item.reference is None:
-        return with_film_expert(example)
-    request = ExpertRequest(EXPERT, images=(RequestImage(1),), before_turn=1, policy="optional")
-    return dataclasses.replace(example, expert_requests=(request,))
+    if item.film.view in FRONTAL:
+        example = with_film_expert(example, len(images) - 1)
+    yield example
 
 
 def _valid(questions: Sequence[Question], table: str) -> Iterator[Question | Skipped]:

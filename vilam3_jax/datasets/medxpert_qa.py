@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import multiple_choice
@@ -64,16 +63,11 @@ def _make(row: Row, context: Context) -> Iterator[Example]:
     question = _LISTED.split(text_of(values.get("question"), "question"))
     stem = text_of("Answer Choices:".join(question[:-1] or question), "question before its options")
     choice = multiple_choice.choice(stem, texts, letter)
-    images = [context.image(below(_IMAGES, name)) for name in _images(values, context)]
+    names = values.get("images") if context.config != "text" else []
+    if not isinstance(names, list) or (context.config != "text" and not names):
+        raise SkipItem("names no images")
+    names = [name.removeprefix(f"{_IMAGES}/") if isinstance(name, str) else name for name in names]
+    images = [context.image(below(_IMAGES, name)) for name in names]
     words = {key: word(values, key) or None for key in ("medical_task", "body_system", "question_type")}
     meta = metadata(context, modality="", group=row.id, **words)
     yield choice.example(row.id, images, meta, words["question_type"] or "multiple_choice")
-
-
-def _images(values: Mapping[str, Any], context: Context) -> list[Any]:
-    names = values.get("images")
-    if context.config == "text":
-        return []
-    if not isinstance(names, list) or not names:
-        raise SkipItem("names no images")
-    return [name.removeprefix(f"{_IMAGES}/") if isinstance(name, str) else name for name in names]

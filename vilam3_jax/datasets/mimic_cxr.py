@@ -144,9 +144,7 @@ def required(source: SourceFolder, *wanted: str | Sequence[str]) -> list[str]:
         for line in source.lines(manifest):
             digest, _, name = line.partition(" ")
             published[posixpath.join(folder, name.strip(" *").removeprefix("./"))] = digest.lower()
-        for name in found:
-            if name not in published:
-                continue
+        for name in (name for name in found if name in published):
             with (source.root / name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             if digest != published[name]:

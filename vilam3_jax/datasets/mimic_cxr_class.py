@@ -20,6 +20,7 @@ from vilam3_jax.datasets.source_files import SourceFolder
 FINDINGS = tuple(sorted(chest_findings.CHEXPERT_FINDINGS[1:]))
 _COLUMNS = (*FINDINGS, NORMAL)
 _LETTERS = "ABCDEFGHIJKLMN"
+_NAMES = [finding.replace("_", " ").capitalize() for finding in FINDINGS]
 # "No Finding" does not exclude support devices.
 _DISEASES = frozenset(FINDINGS) - {"support_devices"}
 _QUESTIONS_PER_FILM = 8
@@ -212,18 +213,14 @@ def _choice_question(frontal: bool = True) -> str:
     Args:
       frontal: mention the frontal view, as the reference does.
     """
-    names = [*(_words(name).capitalize() for name in FINDINGS), "None of the above"]
-    listed = "".join(f"({letter}) {name}\n" for letter, name in zip(_LETTERS, names, strict=True))
+    names = zip(_LETTERS, [*_NAMES, "None of the above"], strict=True)
+    listed = "".join(f"({letter}) {name}\n" for letter, name in names)
     view = " in the frontal view" if frontal else ""
     return (
         f"The following is a multiple-choice question about findings in chest X-ray{view}. Please reply with "
         "the corresponding answer choice letter(s).\nQuestion: What are the potential abnormalities "
         f"according to the provided X-ray image?\n{listed}"
     )
-
-
-def _words(finding: str) -> str:
-    return finding.replace("_", " ")
 
 
 def _reference_keeps(item: Item, context: Context) -> bool:
@@ -242,10 +239,9 @@ def _reference_binary(item: Item, image: ImageRef, meta: dict, source: str) -> I
 
 
 def _reference_choice(item: Item, image: ImageRef, meta: dict, source: str) -> Iterator[Example]:
-    names = [_words(name).capitalize() for name in FINDINGS]
     chosen = [k for k, label in enumerate(item.labels[:-1]) if label == "1"]
     letters = ",".join(f"({_LETTERS[k]})" for k in chosen) or "(N)"
-    named = ",".join(f"({_LETTERS[k]}) {names[k]}" for k in chosen) or "(N) None of the above"
+    named = ",".join(f"({_LETTERS[k]}) {_NAMES[k]}" for k in chosen) or "(N) None of the above"
     for form, answer in (("letters", letters), ("names", named)):
         qa = question_meta(_choice_question(), answer, "findings", label_source=source)
         yield question_conversation(f"{item.film.dicom}/{form}", [image], meta, [qa])

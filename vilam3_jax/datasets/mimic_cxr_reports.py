@@ -74,7 +74,10 @@ class MimicCxrReports(MimicDataset):
         sectioned = source.find(*mimic_cxr.alternatives(_FOLDERS, "mimic_cxr_sectioned.csv"))
         folder, known = "", None
         if sectioned:
-            known = _sections_in(source, sectioned, heads)
+            rows = source.table(
+                sectioned, {"study": ("study", "study_id"), **{head: (head,) for head in heads}}
+            )
+            known = {number_of(row["study"], "s"): tuple(row[head] for head in heads) for row in rows}
         else:
             folder = _reports_folder(source, films)
         items = {
@@ -98,12 +101,6 @@ class MimicCxrReports(MimicDataset):
         return {
             name: Split(of_split, make, name_of, mimic_cxr.IMAGES[name]) for name, of_split in items.items()
         }
-
-
-def _sections_in(source: SourceFolder, table: str, heads: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Reads study → target sections from `mimic_cxr_sectioned.csv`."""
-    rows = source.table(table, {"study": ("study", "study_id"), **{head: (head,) for head in heads}})
-    return {number_of(row["study"], "s"): tuple(row[head] for head in heads) for row in rows}
 
 
 def _reports_folder(source: SourceFolder, films: Mapping[str, Sequence[Film]]) -> str:
@@ -140,7 +137,7 @@ def _sections(
     except UserError:  # its message contains the path, and so the patient
         raise SkipItem(f"its report cannot be read; up to {MAX_REPORT} bytes are") from None
     found = sections_of(report)
-    return tuple(getattr(found, head) for head in heads)
+    return tuple(found.get(head, "") for head in heads)
 
 
 def _texts(items: Sequence[Item], read: Callable[[Item], tuple[str, ...]]) -> Iterator[str]:

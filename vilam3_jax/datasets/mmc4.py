@@ -59,16 +59,10 @@ class Mmc4(Dataset):
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
         if self.options.max_images < 1:
             raise UserError(f"--max-images {self.options.max_images}: give 1 or more")
-        found = [
-            name
-            for pattern in _PATTERNS
-            for folder in ("", "docs/")
-            for name in source.glob(folder + pattern)
-        ]
+        patterns = [folder + pattern for pattern in _PATTERNS for folder in ("", "docs/")]
+        found = [name for pattern in patterns for name in source.glob(pattern)]
         # Ignores archives that were unpacked in place.
-        found = [
-            name for name in found if name.removesuffix(".zip") not in found or not name.endswith(".zip")
-        ]
+        found = [n for n in found if not (n.endswith(".zip") and n.removesuffix(".zip") in found)]
         if not found:
             source.require("docs_..._shard_<N>_v3.jsonl")
         make = functools.partial(

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import base64
 import configparser
-import contextlib
 import dataclasses
 import hashlib
 import html.parser
 import http.client
-import io
 import json
 import os
 import pathlib
@@ -206,7 +204,9 @@ def download(
     partial = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial) as file:
+        with partial.open("a+b") as file:
+            if not locks.try_lock(file.fileno()):
+                raise UserError(f"{partial}: another process is downloading it; wait until it is done")
             progress(file.seek(0, os.SEEK_END))
             _download_into(file, url, target.name, settings, progress)
             file.seek(0)
@@ -221,14 +221,6 @@ def download(
             partial.replace(target)
     except OSError as error:
         raise paths.write_error(target, error) from error
-
-
-@contextlib.contextmanager
-def _locked(partial: pathlib.Path) -> Iterator[io.BufferedRandom]:
-    with partial.open("a+b") as file:
-        if not locks.try_lock(file.fileno()):
-            raise UserError(f"{partial}: another process is downloading it; wait until it is done")
-        yield file
 
 
 def _download_into(file: BinaryIO, url: str, name: str, settings: IndexSettings, progress: Progress) -> None:

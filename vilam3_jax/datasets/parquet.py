@@ -14,13 +14,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from vilam3_jax.datasets.dataset import SkipItem
+from vilam3_jax.datasets.dataset import MAX_IMAGE_BYTES, SkipItem
 from vilam3_jax.datasets.source_files import SourceFolder, find_columns, one_line
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
 _MAX_GROUP_BYTES = 4 << 30  # size of a decompressed row group
-_MAX_IMAGE_BYTES = 64 << 20
 _PART = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
@@ -147,6 +146,6 @@ def image_bytes(value: object) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
         raise SkipItem("the image column holds no bytes")
-    if len(data) > _MAX_IMAGE_BYTES:
-        raise SkipItem(f"the image has {len(data)} bytes; up to {_MAX_IMAGE_BYTES} are read")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise SkipItem(f"the image has {len(data)} bytes; up to {MAX_IMAGE_BYTES} are read")
     return data

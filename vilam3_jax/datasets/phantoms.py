@@ -246,8 +246,7 @@ def _brain_slice(out: epath.Path, seed: int, index: int) -> Sample:
 def main(argv: Sequence[str]) -> int:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
-        prog="python -m vilam3_jax.datasets.phantoms",
-        description="Generate small samples without a network.",
+        prog="python -m vilam3_jax.datasets.phantoms", description="Generate small samples without a network."
     )
     parser.add_argument("--out", required=True, help="folder for the files and samples.json")
     parser.add_argument("--seed", type=int, default=0, help="seed of the phantoms")

@@ -67,7 +67,7 @@ class PmcOa(FigureDataset):
         found = {}
         for split, file in files.items():
             figures = _figures(source.json_lines(file), folder)
-            found[split] = self.figure_split(file, figures, taken, id_of=_stem)
+            found[split] = self.figure_split(file, figures, taken)
             if not found[split].items:
                 raise UserError(f"{source.root / file}: is empty; download it again")
         return found
@@ -87,7 +87,3 @@ def _figures(lines: Iterator[tuple[int, Any]], folder: str) -> Iterator[tuple[in
         if isinstance(score, float) and math.isfinite(score):
             more["alignment_score"] = score
         yield number, Figure(folder, file, values.get("caption"), more=more or None)
-
-
-def _stem(figure: Figure) -> str:
-    return figure.file.rpartition("/")[2].rpartition(".")[0]

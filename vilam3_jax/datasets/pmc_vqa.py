@@ -26,7 +26,6 @@ _FILES = {
     "v1": ("images", {"train": "train.csv", "test": "test.csv", "test_clean": "test_clean.csv"}),
     "v2": ("figures", {"train": "train_2.csv", "test": "test_2.csv"}),
 }
-_FOLDER = {variant: folder for variant, (folder, _) in _FILES.items()}
 _EXPECTED = {"test_clean": 2_000}
 _ARTICLE = re.compile(r"(PMC\d+)_")
 
@@ -74,7 +73,7 @@ def _make(row: Row, context: Context) -> Iterator[Example]:
     choice = multiple_choice.choice(question, options, _right(cells, options, context.config))
     if context.split == "train":
         choice = choice.shuffled(context.rng(row.id))
-    figure = below(_FOLDER[context.config], cells["figure"])
+    figure = below(_FILES[context.config][0], cells["figure"])
     article = _ARTICLE.match(figure.rpartition("/")[2])
     meta = metadata(
         context,

@@ -21,14 +21,7 @@ MAX_RECORD_BYTES = 64 << 20
 _CHUNK = 8 << 20
 _OPEN_FILES = 4
 _SPACE = re.compile(r"[ \t\r\n]*")
-_AFTER = (
-    " ",
-    "\t",
-    "\r",
-    "\n",
-    ",",
-    "]",
-)  # an element ends only before these; a number may continue otherwise
+_AFTER = tuple(" \t\r\n,]")  # an element ends only before these; a number may continue otherwise
 # Text through the next quote or bracket, and through the closing quote of a string.
 _OUTSIDE = re.compile(r'[^"{}\[\]]*+(["{}\[\]]?)')
 _QUOTED = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)

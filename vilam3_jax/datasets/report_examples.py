@@ -37,7 +37,7 @@ class Pools(NamedTuple):
 def pools_of(texts: Mapping[str, Iterable[str]]) -> Pools:
     """The pools of raw texts, by split."""
     splits = ("train", "test")
-    return Pools(*(sentence_pool(clean(text).text for text in texts.get(name, ())) for name in splits))
+    return Pools(*(sentence_pool(clean(text) for text in texts.get(name, ())) for name in splits))
 
 
 def report_example(
@@ -57,17 +57,17 @@ def report_example(
       SkipItem: a section has no text, or no text after cleaning.
     """
     pool = pools.test if context.parity else pools.train
-    texts = []
+    texts = {}
     for text, head in zip(raw, heads, strict=True):
         if not text.strip():
             raise SkipItem(f"its report has no {head}")
         if len(text) > MAX_REPORT:
             raise SkipItem(f"its {head} has {len(text)} characters; up to {MAX_REPORT} are read")
-        texts.append(reworded(clean(text).text, pool))
-        if not texts[-1]:
+        texts[head] = reworded(clean(text), pool)
+        if not texts[head]:
             raise SkipItem(f"its {head} has no sentence left after cleaning")
-    report = _headed(texts, heads)
-    meta = film_meta(context, film, label_source="radiologist", raw_report=_headed(raw, heads))
+    report, original = headed(texts), headed(dict(zip(heads, raw, strict=True)))
+    meta = film_meta(context, film, label_source="radiologist", raw_report=original)
     if context.config == "pairs":
         return pair(film.dicom, image, report, meta, kind="pair")
     question = _QUESTIONS.get(tuple(heads), REFERENCE_QUESTION)
@@ -82,7 +82,8 @@ _QUESTIONS = {
 }
 
 
-def _headed(texts: Sequence[str], heads: Sequence[str]) -> str:
+def headed(texts: Mapping[str, str]) -> str:
+    """Sections as one text, with their names if there are several."""
     if len(texts) == 1:
-        return texts[0]
-    return "\n".join(f"{head.capitalize()}: {text}" for head, text in zip(heads, texts, strict=True))
+        return next(iter(texts.values()))
+    return "\n".join(f"{head.capitalize()}: {text}" for head, text in texts.items())

@@ -1,13 +1,11 @@
 """Report text for training: cleaning by fixed rules, and one wording for sentences with the same meaning.
 
-The reference rewrote its reports with a hosted language model. These rules run locally, are deterministic,
-and count every word that they drop.
+The reference rewrote its reports with a hosted language model. These rules run locally and are deterministic.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
@@ -22,7 +20,6 @@ _ABBREVIATION = re.compile(
     r"(?:^|[\s(])(?:dr|drs|mr|mrs|ms|st|vs|no|approx|a\.m|p\.m|e\.g|i\.e|[a-z])\.$", re.IGNORECASE
 )
 _LONGEST_ABBREVIATION = 12  # with the preceding character
-_WORD = re.compile(r"\S+")
 
 # Not "was": an earlier finding may be gone.
 _FILLERS = {"a", "an", "the", "there", "of", "is", "are", "be", "evidence", "evident", "present", "visible"}
@@ -31,42 +28,26 @@ _TOKEN = re.compile(r"[a-z0-9]+(?:[./'-][a-z0-9]+)*|%")
 _KEPT_PLURAL = ("ss", "us", "is")
 
 
-@dataclasses.dataclass(frozen=True)
-class Cleaned:
-    """A cleaned text.
-
-    Attributes:
-      text: one line of sentences.
-      dropped: rule ("separator", "mask", "list number", "no letter", "repeated sentence") → number of words
-        that it dropped.
-    """
-
-    text: str
-    dropped: Mapping[str, int]
-
-
-def clean(text: str) -> Cleaned:
-    """Cleans the text of a section.
+def clean(text: str) -> str:
+    """Cleans the text of a section; returns one line of sentences.
 
     Control characters become spaces, and white space is collapsed. Separator lines, sentences with a masked
     word (`___`), list numbers and bullets, sentences without a letter and repeated sentences are dropped.
     Sentences get a capital letter and a final punctuation mark. No other word is dropped, added or moved.
     Cleaning is idempotent.
 
-    >>> clean("1. Mild edema .\\n2. Compared to ___, no change.").text
+    >>> clean("1. Mild edema .\\n2. Compared to ___, no change.")
     'Mild edema.'
     """
-    dropped: collections.Counter[str] = collections.Counter()
     text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = _SEPARATOR.sub(lambda line: _dropped(line[0], "separator", dropped), text)
-    text = " ".join(text.split())
+    text = " ".join(_SEPARATOR.sub("", text).split())
     # To a fixed point: a bullet may hide another, and a sentence without letters the text after it.
     for _ in range(_MAX_PASSES):
-        once = _pass(text, dropped)
+        once = _pass(text)
         if once == text:
             break
         text = once
-    return Cleaned(text, dict(dropped))
+    return text
 
 
 def sentences_of(text: str) -> list[str]:
@@ -127,21 +108,13 @@ def reworded(text: str, pool: Mapping[str, str]) -> str:
     return " ".join(dict.fromkeys(sentences))
 
 
-def _pass(text: str, dropped: collections.Counter[str]) -> str:
-    text = _LIST_NUMBER.sub(lambda found: _dropped(found[0], "list number", dropped), text)
-    text = _SPACE_BEFORE.sub(r"\1", text)
+def _pass(text: str) -> str:
+    text = _SPACE_BEFORE.sub(r"\1", _LIST_NUMBER.sub("", text))
     kept: dict[str, str] = {}
     for sentence in sentences_of(text):
-        if _MASK.search(sentence):
-            _dropped(sentence, "mask", dropped)
-        elif not any(character.isalpha() for character in sentence):
-            _dropped(sentence, "no letter", dropped)
-        else:
+        if not _MASK.search(sentence) and any(character.isalpha() for character in sentence):
             sentence = _finished(sentence)
-            if sentence.casefold() in kept:
-                _dropped(sentence, "repeated sentence", dropped)
-            else:
-                kept[sentence.casefold()] = sentence
+            kept.setdefault(sentence.casefold(), sentence)
     return " ".join(kept.values())
 
 
@@ -149,8 +122,3 @@ def _finished(sentence: str) -> str:
     capital = sentence[0].upper()
     sentence = (capital if len(capital) == 1 else sentence[0]) + sentence[1:]
     return sentence if sentence.endswith((".", "?", "!")) else sentence.rstrip(",;:") + "."
-
-
-def _dropped(text: str, rule: str, dropped: collections.Counter[str]) -> str:
-    dropped[rule] += len(_WORD.findall(text))
-    return ""

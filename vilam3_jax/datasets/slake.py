@@ -15,11 +15,7 @@ from vilam3_jax.datasets.source_files import SourceFolder
 from vilam3_jax.errors import UserError
 
 _LANGUAGES = {"en", "zh"}
-_FILES = {
-    "train": "train.json",
-    "validation": ("validate.json", "validation.json"),
-    "test": "test.json",
-}
+_FILES = {"train": "train.json", "validation": ("validate.json", "validation.json"), "test": "test.json"}
 _COUNTS = {
     "en": {"train": 4919, "validation": 1053, "test": 1061},
     "zh": {"train": 4916, "validation": 1046, "test": 1033},

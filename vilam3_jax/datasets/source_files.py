@@ -91,9 +91,7 @@ class SourceFolder:
         try:
             return json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
         except (ValueError, RecursionError, *_GZIP_ERRORS) as error:
-            raise UserError(
-                f"{self.root / name}: is not JSON ({one_line(error)}); download it again"
-            ) from error
+            raise self._damaged(name, "is not JSON", error) from error
 
     def json_list(self, name: str, key: str = "") -> list[Any]:
         """A list in a JSON file, or under `key` of the object in it.
@@ -124,9 +122,7 @@ class SourceFolder:
                         except (ValueError, RecursionError) as error:
                             yield number, ValueError(f"is not JSON ({one_line(error)})")
             except _GZIP_ERRORS as error:
-                raise UserError(
-                    f"{self.root / name}: cannot be read ({one_line(error)}); download it again"
-                ) from error
+                raise self._damaged(name, "cannot be read", error) from error
 
     def table(
         self,
@@ -176,7 +172,7 @@ class SourceFolder:
         except UnicodeError as error:
             raise UserError(f"{path}: its header is not UTF-8 text; save it as UTF-8") from error
         except (csv.Error, *_GZIP_ERRORS) as error:
-            raise UserError(f"{path}: cannot be read ({one_line(error)}); download it again") from error
+            raise self._damaged(name, "cannot be read", error) from error
 
     def lines(self, name: str) -> list[str]:
         """The non-empty lines of a text file, stripped.
@@ -187,9 +183,10 @@ class SourceFolder:
         try:
             return [line.strip() for line in self._text(name) if line.strip()]
         except (UnicodeDecodeError, *_GZIP_ERRORS) as error:
-            raise UserError(
-                f"{self.root / name}: is not text ({one_line(error)}); download it again"
-            ) from error
+            raise self._damaged(name, "is not text", error) from error
+
+    def _damaged(self, name: str, problem: str, error: BaseException) -> UserError:
+        return UserError(f"{self.root / name}: {problem} ({one_line(error)}); download it again")
 
     def _text(self, name: str, errors: str = "strict") -> io.TextIOBase:
         file = self._open(name)

@@ -6,6 +6,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -82,11 +83,7 @@ class Table(UserFile):
     field, metavar = "column", "COLUMN"
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
-        """Checks the options.
-
-        Raises:
-          UserError: an option is missing or contradicts another.
-        """
+        """Raises `UserError` if an option is missing or contradicts another."""
         super().__init__(options, config)
         given = self.options
         if given.split_by == "patient" and not given.patient:
@@ -120,8 +117,12 @@ class Table(UserFile):
         questions = given.questions
         content = {} if questions is None else user_data.read_json(questions, _MAX_TEMPLATES)
         templates = table_questions.read_templates(content, given.label, questions or "")
-        read = _read_parquet if file.lower().endswith((".parquet", ".pq")) else _read_text
-        rows, stated, counts = _rows(read(source, file, self._columns()), given.label, path)
+        if file.lower().endswith((".parquet", ".pq")):
+            values = _read_parquet(source, file, self._columns())
+        else:
+            cells = source.table(file, self._columns(), delimiter=_delimiter(source, file))
+            values = ((row, None) for row in cells)
+        rows, stated, counts = _rows(values, given.label, path)
         if given.one_hot:
             columns = [table_questions.one_hot_column(given.label, templates.get(ONE_HOT, {}))]
         else:
@@ -140,7 +141,12 @@ class Table(UserFile):
         make = functools.partial(_make, settings=settings)
         name_of = functools.partial(_name_of, file)
         _group(rows, with_patient=bool(given.patient))
-        sides = _stated(rows, stated, given.split, path) if given.split else _sides(rows, given.heldout, path)
+        if given.split:
+            sides = _stated(rows, stated, given.split, path)
+        else:
+            groups = np.array([row.group for row in rows], np.uint64)
+            masks = user_data.held_out(groups, given.heldout, path)
+            sides = {side: list(itertools.compress(rows, mask)) for side, mask in masks.items()}
         return {side: Split(found, make, name_of) for side, found in sides.items() if found}
 
     def _columns(self) -> dict[str, tuple[str]]:
@@ -150,13 +156,6 @@ class Table(UserFile):
         columns |= {f"label {number}": (name,) for number, name in enumerate(given.label)}
         single = {"patient": given.patient, "split": given.split, "id": given.id}
         return columns | {key: (name,) for key, name in single.items() if name}
-
-
-def _read_text(
-    source: SourceFolder, file: str, columns: Mapping[str, tuple[str]]
-) -> Iterator[tuple[dict[str, Any], None]]:
-    for row in source.table(file, columns, delimiter=_delimiter(source, file)):
-        yield row, None
 
 
 def _delimiter(source: SourceFolder, file: str) -> str:
@@ -293,13 +292,6 @@ def _group(rows: Sequence[_Row], *, with_patient: bool) -> None:
     lone = np.array([digest(row.id.encode("utf-8", "surrogatepass")) for row in rows], np.uint64)
     for row, group in zip(rows, user_data.groups_of(len(rows), nodes, lone).tolist(), strict=True):
         row.group = group
-
-
-def _sides(rows: list[_Row], share: float, path: str) -> dict[str, list[_Row]]:
-    masks = user_data.held_out(np.array([row.group for row in rows], np.uint64), share, path)
-    return {
-        side: [row for row, chosen in zip(rows, mask, strict=True) if chosen] for side, mask in masks.items()
-    }
 
 
 def _stated(rows: list[_Row], stated: list[str | None], column: str, path: str) -> dict[str, list[_Row]]:

@@ -165,7 +165,10 @@ def infer_column(header: str, cells: Mapping[str, int], settings: Mapping[str, A
     ignored = _EMPTY | {cell for cell, answer in answers.items() if answer is None}
     filled = {text: count for text, count in cells.items() if text.casefold() not in ignored}
     given = [answer for answer in dict.fromkeys(answers.values()) if answer is not None]
-    kind = settings.get("kind") or _kind_of_answers(given) or _kind(filled)
+    kind = settings.get("kind")
+    if kind is None and given:
+        kind = "yes_no" if set(given) <= set(YES_NO) else "choice"
+    kind = kind or _kind(filled)
     options: tuple[str, ...] = ()
     if kind == "yes_no":
         options = YES_NO
@@ -232,12 +235,6 @@ def _checked(settings: Any, where: str, keys: Iterable[str]) -> dict[str, Any]:
     if settings.get("kind") == "yes_no" and not set(answers.values()) <= {*YES_NO, None}:
         raise UserError(f"{where}: answers of kind yes_no must be yes, no or null")
     return settings
-
-
-def _kind_of_answers(answers: Sequence[str]) -> str | None:
-    if not answers:
-        return None
-    return "yes_no" if set(answers) <= set(YES_NO) else "choice"
 
 
 def _kind(cells: Mapping[str, int]) -> str:

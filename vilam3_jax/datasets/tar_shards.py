@@ -88,29 +88,20 @@ class Sample:
             raise SkipItem("its .json is not an object")
         return value
 
-    def text(self) -> str | None:
-        """The text in `.txt`, or None.
-
-        Raises:
-          SkipItem: it is not UTF-8 text.
-        """
-        data = self.parts.get("txt")
-        try:
-            return None if data is None else data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise SkipItem("its .txt is not UTF-8 text") from None
-
 
 def caption(sample: Sample, record: Mapping[str, Any]) -> str:
     """The caption: `.txt`, else the field that img2dataset or LAION use.
 
     Raises:
-      SkipItem: there is none, or the download of the image failed.
+      SkipItem: there is none, it is not UTF-8 text, or the download of the image failed.
     """
     if record.get("status", "success") != "success":
         raise SkipItem("its image was not downloaded (status is not success)")
-    text = sample.text()
-    if text is None:
+    try:
+        text = sample.parts["txt"].decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SkipItem("its .txt is not UTF-8 text") from None
+    except KeyError:
         names = {str(name).lower(): value for name, value in record.items()}
         text = next((names[name] for name in ("caption", "text") if names.get(name) is not None), None)
     return text_of(text, "caption").strip()

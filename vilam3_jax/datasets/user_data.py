@@ -60,11 +60,7 @@ class UserFile(UserDataset):
     source_is_file: ClassVar[bool] = True
 
     def __init__(self, options: argparse.Namespace | None = None, config: str = "") -> None:
-        """Checks the options.
-
-        Raises:
-          UserError: `--heldout` is out of range.
-        """
+        """Raises `UserError` if `--heldout` is out of range."""
         super().__init__(options, config)
         if not 0 <= self.options.heldout < 1:
             raise UserError(f"--heldout {self.options.heldout}: give a share of at least 0 and below 1")

@@ -88,10 +88,9 @@ class VqaRad(Dataset):
         else:
             table, folder = source.require(_TABLES, _FOLDERS)
             listed = _listed(source, table)
-            tables = {
-                "train": (table, [row for row in listed if not _is_test(row[1])]),
-                "test": (table, [row for row in listed if _is_test(row[1])]),
-            }
+            tables: dict[str, Any] = {"train": (table, []), "test": (table, [])}
+            for row in listed:
+                tables["test" if _phrase_type(row[1]).startswith("test") else "train"][1].append(row)
             expected = {"test": 451}  # published counts of the training rows differ: 1,797 and 3,064
         tested = frozenset().union(*(_asked(values).values() for _, values in tables["test"][1]))
         make, qid_of = functools.partial(_make, folder=folder), functools.partial(_value, key="qid")
@@ -125,10 +124,6 @@ def _value(values: Any, key: str) -> Any:
     lower = {name.lower(): value for name, value in values.items() if isinstance(name, str)}
     exact = (values[name] for name in _KEYS[key] if name in values)
     return next(exact, next((lower[n.lower()] for n in _KEYS[key] if n.lower() in lower), None))
-
-
-def _is_test(values: Any) -> bool:
-    return _phrase_type(values).startswith("test")
 
 
 def _phrase_type(values: Any) -> str:

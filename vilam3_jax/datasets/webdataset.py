@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from vilam3_jax.data.examples import Example, ImageRef
+from vilam3_jax.data.examples import Example
 from vilam3_jax.datasets import instruction_lists, tar_shards
 from vilam3_jax.datasets.conversations import metadata, pair, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Skipped, Split
@@ -19,11 +19,7 @@ from vilam3_jax.errors import UserError
 
 _PER_SHARD = 1_000
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
-_SPLITS = {
-    "train": "train",
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-    "test": "test",
-}
+_SPLITS = {"train": "train", **dict.fromkeys(("val", "valid", "validation"), "validation"), "test": "test"}
 _T = TypeVar("_T")
 
 
@@ -105,25 +101,15 @@ def _make(shard: str, context: Context, *, patient: str | None, modality: str) -
     def example(name: str, sample: Sample, record: dict[str, Any]) -> Example:
         known = text_of(record.get(patient), "patient") if patient else None
         meta = metadata(context, modality=modality, patient=known, group=None if patient else name)
-        return _example(name, sample, record, meta, context.config)
+        if context.config != "conversation":
+            return pair(name, sample.image(), tar_shards.caption(sample, record), meta, context.config)
+        # The image is a member, whatever its name in the record.
+        has_image = any(extension in sample.parts for extension in tar_shards.IMAGE_EXTENSIONS)
+        kept = {key: value for key, value in record.items() if key not in ("image", "images")}
+        kept |= {"image": "member"} if has_image else {}
+        made = instruction_lists.dialogue(name, kept, lambda _: sample.image())
+        questions = instruction_lists.questions_of(made)
+        meta |= {"qa": questions} if questions else {}
+        return Example(name, "conversation", made.images, made.turns, meta=meta)
 
     yield from convert_samples(context, shard, example)
-
-
-def _example(
-    name: str, sample: Sample, record: Mapping[str, Any], meta: Mapping[str, Any], config: str
-) -> Example:
-    if config != "conversation":
-        return pair(name, sample.image(), tar_shards.caption(sample, record), meta, config)
-    # The image is a member, whatever its name in the record.
-    has_image = any(extension in sample.parts for extension in tar_shards.IMAGE_EXTENSIONS)
-    kept = {key: value for key, value in record.items() if key not in ("image", "images")}
-    kept |= {"image": "member"} if has_image else {}
-
-    def image(_: ImageRef | str) -> ImageRef:
-        return sample.image()
-
-    example = instruction_lists.dialogue(name, kept, image)
-    questions = instruction_lists.questions_of(example)
-    meta = {**meta, "qa": questions} if questions else dict(meta)
-    return Example(name, "conversation", example.images, example.turns, meta=meta)

@@ -16,11 +16,7 @@ _OPENINGS = (
     "{plane} slice through the {region}, {modality}",
     "{modality} scan of the {region} in the {plane} plane",
 )
-_FILM_OPENINGS = (
-    "{modality} image of the {region}",
-    "{modality} image",
-    "one {modality} image, {region}",
-)
+_FILM_OPENINGS = ("{modality} image of the {region}", "{modality} image", "one {modality} image, {region}")
 
 
 def pair_caption(facts: Facts) -> str:

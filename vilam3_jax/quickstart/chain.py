@@ -164,20 +164,16 @@ def run_chain(run: Path, samples: Path, size: str, fresh: bool) -> None:
         else:
             if step.name != "samples" and not (current and step.resumable):
                 _remove(step)
-            _run_step(run, record, step, fingerprints[step.name], head)
+            _record(run, record, step, fingerprints[step.name], None)
+            print(f"{head}: {_shown(step)}", flush=True)
+            started = time.monotonic()
+            _execute(step, run / "logs" / f"{step.name}.log", record)
+            seconds = time.monotonic() - started
+            _record(run, record, step, fingerprints[step.name], seconds)
+            print(f"{head}: {seconds:.0f} s", flush=True)
         if number == 1:
             steps += plan(run, samples, size)
     print(f"report: {run / 'report.html'}\nsummary: {run / 'summary.json'}")
-
-
-def _run_step(run: Path, record: dict, step: Step, fingerprint: str, head: str) -> None:
-    _record(run, record, step, fingerprint, None)
-    print(f"{head}: {_shown(step)}", flush=True)
-    started = time.monotonic()
-    _execute(step, run / "logs" / f"{step.name}.log", record)
-    seconds = time.monotonic() - started
-    _record(run, record, step, fingerprint, seconds)
-    print(f"{head}: {seconds:.0f} s", flush=True)
 
 
 def _claim(run: Path, fresh: bool) -> None:

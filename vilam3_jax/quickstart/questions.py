@@ -15,8 +15,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
+from vilam3_jax.datasets.conversations import YES_NO
 
-YES_NO = ("yes", "no")
 MODALITIES = ("CT", "MRI", "X-ray")
 PLANES = ("axial", "coronal", "sagittal")
 REGIONS = ("abdomen", "chest", "head")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_worlds import WORDS, ct_annotation, ct_example, ct_volume, film, picture, tokenizer
 
+from vilam3_jax.data import render
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.cards import load_cards, render_cards
 from vilam3_jax.data.experts.exchange import Result, exchange
@@ -15,6 +16,7 @@ from vilam3_jax.data.experts.grammar import Call, parse_turn
 from vilam3_jax.data.experts.overlays import expert_overlay
 from vilam3_jax.data.experts.record import Annotation, failed
 from vilam3_jax.data.experts.wording import Plane, question_of
+from vilam3_jax.data.images import decode_scaled
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING
 from vilam3_jax.data.render import ImageReader, Renderer, encode_example
 from vilam3_jax.data.templates import CHATML
@@ -165,11 +167,18 @@ def test_no_path_leaves_the_data_root(tmp_path, path: str) -> None:
         ImageReader(SIZE).read(ImageRef(path=path), tmp_path / "root")
 
 
-def test_images_are_decoded_once_and_within_budget(tmp_path) -> None:
+def test_images_are_decoded_once_and_within_budget(tmp_path, monkeypatch) -> None:
+    decoded = []
+
+    def decode(data: bytes, *args, **keywords) -> np.ndarray:
+        decoded.append(data)
+        return decode_scaled(data, *args, **keywords)
+
+    monkeypatch.setattr(render, "decode_scaled", decode)
     reader = ImageReader(SIZE, image_cache_bytes=3 * SIZE * SIZE * 3)
     for number in (1, 1, 2, 3, 1, 4, 5):
         assert (reader.read(ImageRef(data=picture(number)), tmp_path) == number).all()
-    assert (reader.images.hits, reader.images.misses) == (2, 5)
+    assert decoded == [picture(number) for number in (1, 2, 3, 4, 5)]
     assert reader.images.bytes <= 3 * SIZE * SIZE * 3
     (tmp_path / "a.png").write_bytes(picture(9))
     assert (reader.read(ImageRef(path="a.png"), tmp_path) == 9).all()

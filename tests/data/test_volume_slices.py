@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vilam3_jax.data.batches import PackedBatch
+from vilam3_jax.data.data_config import DataConfig
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef, RequestImage, Turn
 from vilam3_jax.data.experts.cards import load_cards
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
@@ -119,6 +120,7 @@ def test_informative_slices_show_more_than_background(tmp_path) -> None:
     shown = dataclasses.replace(volume, voxels=voxels)
     assert informative_slices(shown, 2, 3, DEFAULT_PREPROCESSING) == (1, 6, 12)
     assert informative_slices(shown, 2, 99, DEFAULT_PREPROCESSING) == tuple(range(PLANES))
+    assert DataConfig(slice_choice="informative").slice_choice == "informative"
 
 
 def test_a_whole_volume_is_shown_as_numbered_slices(whole) -> None:

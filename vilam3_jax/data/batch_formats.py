@@ -26,21 +26,13 @@ Grids = Sequence[tuple[int, int]]
 
 
 class BatchFormat(Protocol):
-    """How samples of a task become batches.
+    """How samples of a task become batches."""
 
-    Attributes:
-      has_dialogues: whether samples are dialogues, with experts and several images.
-      vocabulary: section of the model whose `vocab_size` bounds token ids.
-      processor: image processor.
-      shape: shape of a unit.
-      units: number of units in the global batch.
-    """
-
-    has_dialogues: ClassVar[bool]
-    vocabulary: ClassVar[str]
-    processor: ImageProcessor
-    shape: GroupShape
-    units: int
+    has_dialogues: ClassVar[bool]  # whether samples are dialogues, with experts and several images
+    vocabulary: ClassVar[str]  # section of the model whose `vocab_size` bounds token ids
+    processor: ImageProcessor  # image processor
+    shape: GroupShape  # shape of a unit
+    units: int  # number of units in the global batch
 
     def __init__(self, data: DataConfig, model: Any, pad_id: int = 0) -> None: ...
 
@@ -66,15 +58,9 @@ class PackedRows:
     vocabulary: ClassVar[str] = "llm"
 
     def __init__(self, data: DataConfig, model: Any, pad_id: int = 0) -> None:
-        """Reads the sizes.
+        """Reads the sizes of the sections `data` and `model`; `pad_id` is the token id of empty positions.
 
-        Args:
-          data: section `data` of the config.
-          model: section `model`.
-          pad_id: token id of empty positions.
-
-        Raises:
-          UserError: an image may not fit into a group.
+        Raises `UserError` if an image may not fit into a group.
         """
         self.processor = image_processor(model)
         self.units = data.groups

@@ -2,8 +2,6 @@
 
 Annotations are looked up by the content key of their input. The key covers the decoder version, so a mask
 drawn on the output of an older decoder is never applied to that of a newer one.
-
-This module imports neither jax nor flax nor torch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from typing import Any
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.settings import Section, setting
 
-EXPERT_MODES = ("on", "off", "mixed", "falsified")
+EXPERT_MODES = ("on", "off", "falsified", "mixed")
+MISSING_POLICIES = ("skip", "plain", "error")
+SLICE_CHOICES = ("even", "informative", "finding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class DataConfig(Section):
       expert_share: share of dialogues with experts if `experts` is 'mixed'.
       missing_annotation: what happens to a dialogue without its annotation: 'skip', 'plain' or 'error'.
       volume_slices: slices that stand for a whole volume.
-      slice_choice: 'even', or 'finding' for slices around annotated findings.
+      slice_choice: which slices these are, see `volume_slices.SliceRule`.
       dialogue_parity: dialogues word for word as the reference's.
       dialogue_min_lesion_ml: smallest lesion that a dialogue mentions, in ml.
       augment: alter training images.
@@ -44,9 +46,9 @@ class DataConfig(Section):
     mixture: tuple[Any, ...] = ()
     experts: str = setting(default="off", choices=EXPERT_MODES)
     expert_share: float = setting(default=0.75, at_least=0, at_most=1)
-    missing_annotation: str = setting(default="skip", choices=("skip", "plain", "error"))
+    missing_annotation: str = setting(default="skip", choices=MISSING_POLICIES)
     volume_slices: int = setting(default=4, at_least=1)
-    slice_choice: str = setting(default="even", choices=("even", "finding"))
+    slice_choice: str = setting(default="even", choices=SLICE_CHOICES)
     dialogue_parity: bool = False
     dialogue_min_lesion_ml: float = setting(default=0.1, at_least=0)
     augment: bool = False

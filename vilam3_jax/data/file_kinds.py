@@ -29,17 +29,11 @@ _SCAN_OR_IMAGE = "give a PNG, JPEG, DICOM or NIfTI file"
 
 @dataclasses.dataclass(frozen=True)
 class FileKind:
-    """The kind of a file.
+    """The kind of a file."""
 
-    Attributes:
-      name: for messages, such as "NIfTI volume" or "HEIC photo".
-      reader: the reader of this kind; None: unsupported.
-      advice: what to do with an unsupported file, an imperative without a full stop; "" otherwise.
-    """
-
-    name: str
-    reader: Reader | None = None
-    advice: str = ""
+    name: str  # for messages, such as "NIfTI volume" or "HEIC photo"
+    reader: Reader | None = None  # the reader of this kind; None: unsupported
+    advice: str = ""  # what to do with an unsupported file, an imperative without a full stop; "" otherwise
 
 
 # Unsupported kinds by advice.

@@ -14,19 +14,12 @@ MAX_TILES = MAX_SCALE**2
 
 @dataclasses.dataclass(frozen=True)
 class ImageLayout:
-    """How a model takes images; made by `image_layout`.
+    """How a model takes images; made by `image_layout`."""
 
-    Attributes:
-      mode: one of `IMAGE_MODES`.
-      tile_size: S, side in pixels of an input of the vision tower.
-      scales: sides at which an image is encoded (S2); empty for S alone.
-      max_tiles: maximum tiles of an image ('dynamic', 'dynamic_s2'), without thumbnail or lower scales.
-    """
-
-    mode: str
-    tile_size: int
-    scales: tuple[int, ...] = ()
-    max_tiles: int = 1
+    mode: str  # one of `IMAGE_MODES`
+    tile_size: int  # S, side in pixels of an input of the vision tower
+    scales: tuple[int, ...] = ()  # sides at which an image is encoded (S2); empty for S alone
+    max_tiles: int = 1  # maximum tiles of an image in the dynamic modes, without thumbnail or lower scales
 
     @property
     def input_size(self) -> int:
@@ -43,8 +36,7 @@ class ImageLayout:
 def image_layout(model: Any) -> ImageLayout:
     """Reads `image_size`, `image_aspect_ratio`, `s2_scales` and `max_tiles` of a `config.model`.
 
-    Raises:
-      UserError: an unknown mode, too many tiles, or scales that do not fit the tower or the mode.
+    Raises `UserError` for an unknown mode, too many tiles, or scales that do not fit the tower or the mode.
     """
     mode, size, scales = model.image_aspect_ratio, int(model.image_size), tuple(model.s2_scales)
     if mode not in IMAGE_MODES:

@@ -27,22 +27,15 @@ class ImageProcessor:
 
     An `ImageReader` reads an image by `kept_size` and `preprocessing`, and experts draw on it. `inputs` makes
     the inputs of the tower; `expand` and `merge` adapt the text to their number.
-
-    Attributes:
-      mode: one of `image_layout.IMAGE_MODES`.
-      size: S, side of an input in pixels.
-      background: RGB of the padding of images that are not square ('pad').
-      max_tiles: maximum tiles of an image ('dynamic', 'dynamic_s2').
-      sides: tiles along a side of each scale ('dynamic_s2'); a grid has at least the tiles of the last scale.
-      preprocessing: from volumes to images, before all other steps.
     """
 
-    mode: str
-    size: int
-    background: tuple[int, int, int] = (127, 127, 127)
-    max_tiles: int = 1
+    mode: str  # one of `image_layout.IMAGE_MODES`
+    size: int  # S, side of an input in pixels
+    background: tuple[int, int, int] = (127, 127, 127)  # RGB of the padding of images that are not square
+    max_tiles: int = 1  # maximum tiles of an image ('dynamic', 'dynamic_s2')
+    # Tiles along a side of each scale ('dynamic_s2'); a grid has at least the tiles of the last scale.
     sides: tuple[int, ...] = ()
-    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING  # from volumes to images, the first step
 
     @property
     def max_inputs(self) -> int:

@@ -7,25 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds that readers enforce before doing the work in question.
+    """Bounds that readers enforce before doing the work in question."""
 
-    Attributes:
-      file_bytes: size of a file; for a series, the sum over its files.
-      decoded_bytes: pixels or voxels of one input after decompression.
-      pixels: pixels of one image or DICOM frame.
-      voxels: voxels of one volume.
-      frames: frames of one multi-frame file or multi-page image.
-      files: files in one folder, including subfolders.
-      nesting: depth of DICOM sequences.
-    """
-
-    file_bytes: int = 2 << 30
-    decoded_bytes: int = 4 << 30
-    pixels: int = 64_000_000
-    voxels: int = 1 << 29
-    frames: int = 20_000
-    files: int = 100_000
-    nesting: int = 16
+    file_bytes: int = 2 << 30  # size of a file; for a series, the sum over its files
+    decoded_bytes: int = 4 << 30  # pixels or voxels of one input after decompression
+    pixels: int = 64_000_000  # pixels of one image or DICOM frame
+    voxels: int = 1 << 29  # voxels of one volume
+    frames: int = 20_000  # frames of one multi-frame file or multi-page image
+    files: int = 100_000  # files in one folder, including subfolders
+    nesting: int = 16  # depth of DICOM sequences
 
 
 DEFAULT_LIMITS = Limits()

@@ -27,30 +27,18 @@ _TEXT_COLUMNS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One dataset of a mixture.
+    """One dataset of a mixture."""
 
-    Attributes:
-      name: name of the dataset, with its rule.
-      records: records of its training split that the rule applies to.
-      epochs: its weight, in epochs per pass.
-      samples: samples per pass.
-      measured: number of samples that were measured.
-      unusable: number of records that were tried and could not be used.
-      tokens, images: estimated averages per sample; NaN without a usable record.
-      experts: estimated share of samples with an expert result.
-      missing: requests without an annotation among the measured samples.
-    """
-
-    name: str
-    records: int
-    epochs: float
-    samples: float
-    measured: int
-    unusable: int
-    tokens: float
+    name: str  # dataset, with its rule
+    records: int  # records of its training split that the rule applies to
+    epochs: float  # its weight, in epochs per pass
+    samples: float  # samples per pass
+    measured: int  # number of samples that were measured
+    unusable: int  # number of records that were tried and could not be used
+    tokens: float  # estimated average per sample, as images; NaN without a usable record
     images: float
-    experts: float
-    missing: int
+    experts: float  # estimated share of samples with an expert result
+    missing: int  # requests without an annotation among the measured samples
 
 
 def rows_of(loader: Loader, tried: int) -> list[Row]:
@@ -113,11 +101,7 @@ def order_of(loader: Loader, count: int) -> list[str]:
 
 
 def table(config: Any, rows: Sequence[Row]) -> list[str]:
-    """The lines of the table and of the notes below it.
-
-    Raises:
-      UserError: no record that was tried can be used.
-    """
+    """The lines of the table and of its notes; raises `UserError` if no record that was tried is usable."""
     usable = [row for row in rows if row.measured]
     if not usable:
         raise UserError(

@@ -11,6 +11,7 @@ import bz2
 import dataclasses
 import gzip
 import math
+import os
 import re
 from typing import IO, cast
 
@@ -333,7 +334,7 @@ def _values(
         if skip == -1:  # the data ends with the file
             skip = size - file.tell() - count
         stream = cast(IO[bytes], _DECOMPRESSORS.get(encoding, lambda file: file)(file))
-        volume_io.skip_bytes(stream, skip)
+        stream.seek(skip, os.SEEK_CUR)
         raw = volume_io.read_exactly(stream, count, path)
         return np.frombuffer(raw, dtype), volume_io.read_rest(stream, path)
 

@@ -23,53 +23,32 @@ _SLOT_IN_TOKENS = 16  # penalty, in empty tokens, per image above or below a row
 
 @dataclasses.dataclass(frozen=True)
 class GroupShape:
-    """Sizes of a group.
+    """Sizes of a group."""
 
-    Attributes:
-      rows: R, rows of a group.
-      seq_len: L, tokens of a row.
-      images: M, image slots of a group.
-      tokens_per_image: T, positions of an image.
-      image_size: side of an image in pixels.
-      pad_id: token id of empty positions.
-      tiled: whether samples have a tile map.
-    """
-
-    rows: int
-    seq_len: int
-    images: int
-    tokens_per_image: int
-    image_size: int
-    pad_id: int = 0
-    tiled: bool = False
+    rows: int  # R, rows of a group
+    seq_len: int  # L, tokens of a row
+    images: int  # M, image slots of a group
+    tokens_per_image: int  # T, positions of an image
+    image_size: int  # side of an image in pixels
+    pad_id: int = 0  # token id of empty positions
+    tiled: bool = False  # whether samples have a tile map
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """A sample to pack.
+    """A sample to pack."""
 
-    Attributes:
-      id: id of the example.
-      index: in the order of the loader shard.
-      encoded: its tokens.
-      read_images: reads `num_images` inputs of the vision tower, uint8 [S, S, 3], in the order of their
-        markers; called once, when the sample is packed.
-      tile_map: int32 [inputs, 5], see `ImageProcessor.tile_map`; None if tiles are not merged.
-      source: number of the dataset.
-      image_paths: paths of images that are files, relative to the data root of the dataset.
-      experts: names of the experts whose results it shows.
-      missing: names of the experts without an annotation.
-    """
-
-    id: str
-    index: int
+    id: str  # id of the example
+    index: int  # index in the order of the loader shard
     encoded: Encoded
+    # Reads `num_images` inputs of the vision tower, uint8 [S, S, 3], in the order of their markers; called
+    # once, when the sample is packed.
     read_images: Callable[[], Sequence[np.ndarray]] = tuple
-    tile_map: np.ndarray | None = None
-    source: int = 0
-    image_paths: tuple[str, ...] = ()
-    experts: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
+    tile_map: np.ndarray | None = None  # int32 [inputs, 5], see `ImageProcessor.tile_map`; None if not merged
+    source: int = 0  # number of the dataset
+    image_paths: tuple[str, ...] = ()  # paths of image files, relative to the data root of the dataset
+    experts: tuple[str, ...] = ()  # names of the experts whose results it shows
+    missing: tuple[str, ...] = ()  # names of the experts without an annotation
 
     @property
     def num_tokens(self) -> int:

@@ -2,8 +2,6 @@
 
 Training and inference share this module. A window depends on the modality stated by a file, a dataset or the
 caller, never on voxel values; a volume without a stated modality is shown between percentiles.
-
-This module imports neither jax nor flax nor torch.
 """
 
 from __future__ import annotations
@@ -11,22 +9,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from vilam3_jax.data.images import Alpha, resize
+from vilam3_jax.data.images import resize
 from vilam3_jax.data.intensity import CT_WINDOWS, DISPLAY_PERCENTILES, window_to_uint8
 from vilam3_jax.data.stored_volume import UNKNOWN
 from vilam3_jax.data.volumes import AXES, Volume, slice_2d
 from vilam3_jax.errors import UserError
+from vilam3_jax.runtime.settings import Section, from_mapping, setting
 
 Window = tuple[float, float]
 _CHANNELS = ("red", "green", "blue")
 
 
 @dataclasses.dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing(Section):
     """The `preprocessing` section of a model config.
 
     Attributes:
@@ -42,18 +41,28 @@ class Preprocessing:
         not resampled.
     """
 
+    key = "model.preprocessing"
     ct_windows: tuple[Window, ...] = CT_WINDOWS["soft_tissue"]
     percentiles: tuple[float, float] = DISPLAY_PERCENTILES
-    alpha: Alpha = "white"
-    orientation: str = "RAS"
-    plane: str = "axial"
-    slice: str = "middle"
+    alpha: Literal["white", "ignore"] = setting(default="white", choices=("white", "ignore"))
+    orientation: str = setting(default="RAS", choices=("RAS",))
+    plane: str = setting(default="axial", choices=tuple(AXES))
+    slice: str = setting(default="middle", choices=("middle",))
     modalities: tuple[str, ...] = ()
     spacing: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        if problem := _problem(self):
-            raise UserError(f"config model.preprocessing.{problem}")
+    def validate(self) -> None:
+        windows, spacing = self.ct_windows, self.spacing
+        pairs = isinstance(windows, tuple) and all(_numbers(window, 2) for window in windows)
+        if not pairs or len(windows) not in (1, 3) or not all(width > 0 for _, width in windows):
+            problem = "give one or three (centre, width > 0), such as ((50.0, 400.0),)"
+            raise self.error("ct_windows", problem)
+        if not _numbers(self.percentiles, 2) or not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise self.error("percentiles", "give two rising numbers from 0 to 100")
+        if not all(isinstance(code, str) and code.isupper() for code in self.modalities):
+            raise self.error("modalities", "give DICOM's codes, such as ('CT', 'MR')")
+        if spacing and not (_numbers(spacing, 2) and 0 < spacing[0] <= spacing[1]):
+            raise self.error("spacing", "give the smallest and the largest in mm, or ()")
 
     @classmethod
     def of(cls, section: Any) -> Preprocessing:
@@ -61,11 +70,7 @@ class Preprocessing:
 
         Raises `UserError` for an unknown key or an impossible value.
         """
-        section = dict(section or {})
-        unknown = section.keys() - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            raise UserError(f"config model.preprocessing.{min(unknown)}: unknown key")
-        return cls(**{key: _tuples(value) for key, value in section.items()})
+        return from_mapping(cls, dict(section or {}))
 
     def windows(self, volume: Volume, window: Window | None = None) -> tuple[Window, ...]:
         """The windows for a volume: `window` if given, `ct_windows` for CT, () for percentiles."""
@@ -148,28 +153,6 @@ def preset_windows(name: str) -> tuple[Window, ...]:
     if name not in CT_WINDOWS:
         raise UserError(f"CT windows {name!r}: unknown; presets are {', '.join(sorted(CT_WINDOWS))}")
     return CT_WINDOWS[name]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _problem(rules: Preprocessing) -> str | None:
-    windows = rules.ct_windows
-    pairs = isinstance(windows, tuple) and all(_numbers(window, 2) for window in windows)
-    if not pairs or len(windows) not in (1, 3) or not all(width > 0 for _, width in windows):
-        return f"ct_windows={windows!r}: give one or three (centre, width > 0), such as ((50.0, 400.0),)"
-    if not _numbers(rules.percentiles, 2) or not 0 <= rules.percentiles[0] < rules.percentiles[1] <= 100:
-        return f"percentiles={rules.percentiles!r}: give two rising numbers from 0 to 100"
-    choices = {"alpha": ("white", "ignore"), "orientation": ("RAS",), "plane": AXES, "slice": ("middle",)}
-    for key, known in choices.items():
-        if getattr(rules, key) not in known:
-            return f"{key}={getattr(rules, key)!r}: use {' or '.join(known)}"
-    if not all(isinstance(code, str) and code.isupper() for code in rules.modalities):
-        return f"modalities={rules.modalities!r}: give DICOM's codes, such as ('CT', 'MR')"
-    if rules.spacing and not (_numbers(rules.spacing, 2) and 0 < rules.spacing[0] <= rules.spacing[1]):
-        return f"spacing={rules.spacing!r}: give the smallest and the largest in mm, or ()"
-    return None
 
 
 def _numbers(values: Sequence[Any], count: int) -> bool:

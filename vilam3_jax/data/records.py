@@ -191,8 +191,7 @@ class ExampleSource:
     def __init__(self, directory: paths.PathLike, split: str) -> None:
         """Checks the shards of a split. `directory` is a dataset or contains versions; the newest is read.
 
-        Raises:
-          UserError: no such dataset or split (lists the existing ones), or a shard is missing or truncated.
+        Raises `UserError` for no such dataset or split, or a missing or truncated shard.
         """
         self.directory = tfds_folder.resolve(directory)
         self.split = split

@@ -18,6 +18,7 @@ from etils import epath
 
 from vilam3_jax.data import decoded_images
 from vilam3_jax.data.caches import ByteLRU
+from vilam3_jax.data.data_config import EXPERT_MODES, MISSING_POLICIES
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest, ImageRef, Turn, path_problem
 from vilam3_jax.data.experts.cards import Card
 from vilam3_jax.data.experts.exchange import (
@@ -57,8 +58,6 @@ from vilam3_jax.data.volume_slices import (
 from vilam3_jax.data.volumes import Volume, read_volume
 from vilam3_jax.errors import StoppingError, UserError, warn_of
 
-EXPERT_MODES = ("on", "off", "falsified", "mixed")
-MISSING_POLICIES = ("skip", "plain", "error")
 IMAGE_CACHE_BYTES = 1 << 30
 VOLUME_CACHE_BYTES = 1 << 30
 _ANNOTATION_CACHE_BYTES = 256 << 20
@@ -84,19 +83,12 @@ class LazyImage:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """An example as the model reads it, with lazily decoded images.
+    """An example as the model reads it, with lazily decoded images."""
 
-    Attributes:
-      turns: with cards, triggers and expert turns if experts are on.
-      lazy_images: images in the order of the markers.
-      experts: names of the experts whose results are shown.
-      missing: names of the experts without an annotation.
-    """
-
-    turns: tuple[Turn, ...]
-    lazy_images: tuple[LazyImage, ...]
-    experts: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
+    turns: tuple[Turn, ...]  # with cards, triggers and expert turns if experts are on
+    lazy_images: tuple[LazyImage, ...]  # images in the order of the markers
+    experts: tuple[str, ...] = ()  # names of the experts whose results are shown
+    missing: tuple[str, ...] = ()  # names of the experts without an annotation
 
     @functools.cached_property
     def images(self) -> tuple[np.ndarray, ...]:
@@ -123,7 +115,6 @@ class ImageReader:
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
         *,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
-        volume_cache_bytes: int = VOLUME_CACHE_BYTES,
     ) -> None:
         """Creates empty caches.
 
@@ -131,12 +122,11 @@ class ImageReader:
           size: image side in pixels; None: the original size, see `ImageProcessor.kept_size`.
           preprocessing: rendering of scans and transparent images.
           image_cache_bytes: budget for resized uint8 images, which later epochs reuse.
-          volume_cache_bytes: budget for whole volumes; the newest is kept even if larger.
         """
         self.size, self.preprocessing = size, preprocessing
         self.images: ByteLRU[np.ndarray] = ByteLRU(image_cache_bytes, lambda image: image.nbytes)
         self._warned: set[str] = set()
-        self._volumes: ByteLRU[Volume] = ByteLRU(volume_cache_bytes, lambda volume: volume.voxels.nbytes)
+        self._volumes: ByteLRU[Volume] = ByteLRU(VOLUME_CACHE_BYTES, lambda volume: volume.voxels.nbytes)
 
     def read(self, image: ImageRef, data_root: Any) -> np.ndarray:
         """Returns the image, uint8 [S, S, 3] or [H, W, 3]. The array is shared and must not be modified.

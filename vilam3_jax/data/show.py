@@ -18,7 +18,7 @@ from vilam3_jax.data.examples import IMAGE_MARKER, Example, ExpertRequest
 from vilam3_jax.data.experts.cards import Card, load_cards
 from vilam3_jax.data.experts.dialogues.rules import RULES, split_row
 from vilam3_jax.data.experts.dialogues.scene import Setting
-from vilam3_jax.data.experts.dialogues.source import DialogueSource, dialogue_of, under_rule
+from vilam3_jax.data.experts.dialogues.source import DialogueSource, dialogue_of
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.experts.wording import wording_named
@@ -114,10 +114,16 @@ def _under_rule(
         raise UserError(f"--dataset {args.dataset}: requires --annotations")
     if args.parity and rule.parity is None:
         raise UserError(f"--parity: the reference has no dialogues of the rule {rule.name}; omit it")
-    return under_rule(source, rule, Setting.of(cards, store, style=style, parity=args.parity), args.seed)
+    setting = Setting.of(cards, store, style=style, parity=args.parity)
+    # All records, whether the rule fits them or not, so that --index counts stored records.
+    return DialogueSource(source, rule, setting, args.seed, np.arange(len(source)), {})
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str]) -> int:
+    """Runs `vilam3 data show`; returns 0.
+
+    Raises `UserError` for no such data, example or annotation, or a file that is neither .html nor .png.
+    """
     parser = argparse.ArgumentParser(
         prog="vilam3 data show", description="Shows one example of a dataset as the model reads it."
     )
@@ -147,16 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--parity", action="store_true", help="use the wording of VILA-M3's training data")
     add("--size", type=int, default=384, help="image side in pixels (default: %(default)s)")
     add("--out", help="FILE.html: the example as a page; FILE.png: its images side by side")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs `vilam3 data show`; returns 0.
-
-    Raises:
-      UserError: no such data, example or annotation, or a file name that is neither .html nor .png.
-    """
-    args = _parser().parse_args(argv)
+    args = parser.parse_args(argv)
     if args.out and not args.out.endswith((".html", ".png")):
         raise UserError(f"--out {args.out}: must end in .html or .png")
     if args.size < 1:

@@ -22,20 +22,13 @@ _ROWS = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Fill:
-    """How full groups are.
+    """How full groups are."""
 
-    Attributes:
-      rows, images: R and M of the groups.
-      tokens: share of token positions with a token.
-      slots: share of image slots with an image.
-      longest_wait: maximum number of groups of a shard that a sample waited in the queue.
-    """
-
-    rows: int
-    images: int
-    tokens: float
-    slots: float
-    longest_wait: int
+    rows: int  # R of the groups
+    images: int  # M of the groups
+    tokens: float  # share of token positions with a token
+    slots: float  # share of image slots with an image
+    longest_wait: int  # maximum number of groups of a shard that a sample waited in the queue
 
     @property
     def shortfall(self) -> float:

@@ -148,8 +148,7 @@ def dealt_position(index: int, shard: int, shards: int) -> int:
 def epochs_of(name: str, weight: Any) -> fractions.Fraction:
     """A weight as an exact fraction: 0.7 is 7/10, and 1/3 in a recipe is a third.
 
-    Raises:
-      UserError: not a number from 0.000001 to 1000000.
+    Raises `UserError` unless it is a number from 0.000001 to 1000000.
     """
     number = isinstance(weight, int | float | fractions.Fraction) and not isinstance(weight, bool)
     if not number or not 1 / _MAX_DENOMINATOR <= weight <= _MAX_DENOMINATOR:
@@ -292,11 +291,7 @@ def _other_patient(own: _Candidate, ring: Sequence[_Candidate]) -> _Candidate | 
 
 
 def pair_caption(example: Example) -> str:
-    """The caption of an image-text pair.
-
-    Raises:
-      UserError: the example is not a pair.
-    """
+    """The caption of an image-text pair; raises `UserError` if the example is not one."""
     if example.format not in ("pair", "caption") or len(example.images) != 1:
         raise UserError(f"a {example.format} with {len(example.images)} images is not an image-text pair")
     return " ".join(t.text for t in example.turns if t.role == "assistant").replace(IMAGE_MARKER, "").strip()

@@ -67,33 +67,22 @@ def _stripped(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A chat format.
+    """A chat format."""
 
-    Attributes:
-      name: as in `config.model.template`.
-      headers: role -> parts before its text.
-      ends: role -> parts after its text (except the assistant's).
-      stop: parts after an assistant's text; supervised like the text.
-      after_stop: parts after `stop`; not supervised.
-      start: parts at the start of a sequence.
-      system: text of the system turn prepended to dialogues without one; None: no such turn.
-      gap: text between an assistant's header and its text; encoded and supervised with the text.
-      last_stop: parts at the end of a dialogue's last turn, if these differ from other turns.
-      trained_spaces: normalization of a turn's text in VILA's training, see `TextRules.spaces`; `str`: none.
-      rules: treatment of text around images.
-    """
-
-    name: str
-    headers: Mapping[str, tuple[Part, ...]]
-    ends: Mapping[str, tuple[Part, ...]]
-    stop: tuple[Part, ...]
-    after_stop: tuple[Part, ...] = ()
-    start: tuple[Part, ...] = ()
-    system: str | None = None
+    name: str  # as in `config.model.template`
+    headers: Mapping[str, tuple[Part, ...]]  # role -> parts before its text
+    ends: Mapping[str, tuple[Part, ...]]  # role -> parts after its text (except the assistant's)
+    stop: tuple[Part, ...]  # parts after an assistant's text; supervised like the text
+    after_stop: tuple[Part, ...] = ()  # parts after `stop`; not supervised
+    start: tuple[Part, ...] = ()  # parts at the start of a sequence
+    system: str | None = None  # text of the system turn of dialogues without one; None: no such turn
+    # Text between an assistant's header and its text; encoded and supervised with the text.
     gap: str = ""
+    # Parts at the end of a dialogue's last turn, if these differ from other turns.
     last_stop: tuple[Part, ...] | None = None
+    # Normalization of a turn's text in VILA's training, see `TextRules.spaces`; `str`: none.
     trained_spaces: Callable[[str], str] = normalise_markers
-    rules: TextRules = ALL_CLEAN
+    rules: TextRules = ALL_CLEAN  # treatment of text around images
 
     def stop_ids(self, tokenizer: TokenizerLike) -> tuple[int, ...]:
         """Returns the ids that end an answer."""

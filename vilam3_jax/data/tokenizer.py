@@ -292,10 +292,7 @@ def _special_id(
 
 
 def train_bpe(
-    texts: Iterable[str],
-    vocab_size: int,
-    out_dir: PathLike,
-    special_tokens: Sequence[str] = CHATML_SPECIALS,
+    texts: Iterable[str], vocab_size: int, out_dir: PathLike, special_tokens: Sequence[str] = CHATML_SPECIALS
 ) -> Tokenizer:
     """Trains a byte-level BPE for small models trained from scratch, and saves it as a Hugging Face folder.
 

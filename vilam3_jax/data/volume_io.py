@@ -146,12 +146,6 @@ def check_available(count: int, available: int, path: PathLike, *, ratio: int = 
         )
 
 
-def skip_bytes(stream: IO[bytes], count: int) -> None:
-    """Reads and drops `count` bytes, fewer at the end of the stream."""
-    while count > 0 and (chunk := stream.read(min(count, 1 << 20))):
-        count -= len(chunk)
-
-
 def read_exactly(stream: IO[bytes], count: int, path: PathLike) -> bytes:
     """Reads `count` bytes; raises `UserError` if the stream is shorter."""
     try:

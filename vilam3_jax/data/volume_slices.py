@@ -1,8 +1,6 @@
 """Selection and numbering of the slices of a volume that a model sees.
 
 Training selects slices when an example is loaded; inference numbers its slices with the same words.
-
-This module imports neither jax nor flax nor torch.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vilam3_jax.data.data_config import SLICE_CHOICES
 from vilam3_jax.data.examples import IMAGE_MARKER
 from vilam3_jax.data.experts.labels import is_lesion, label_group
 from vilam3_jax.data.experts.record import Annotation
@@ -21,7 +20,6 @@ from vilam3_jax.data.preprocessing import Preprocessing, Window
 from vilam3_jax.data.volumes import Volume
 from vilam3_jax.errors import UserError
 
-CHOICES = ("even", "informative", "finding")
 _SIDE = 64  # maximum voxels per side of the grid on which entropies are measured
 _LEVELS = 32
 
@@ -43,8 +41,10 @@ class SliceRule:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UserError(f"config data.volume_slices={self.count}: must be at least 1")
-        if self.choice not in CHOICES:
-            raise UserError(f"config data.slice_choice={self.choice!r}: use one of {', '.join(CHOICES)}")
+        if self.choice not in SLICE_CHOICES:
+            raise UserError(
+                f"config data.slice_choice={self.choice!r}: use one of {', '.join(SLICE_CHOICES)}"
+            )
 
 
 def numbered(indices: Sequence[int], planes: int) -> str:

@@ -17,12 +17,7 @@ from etils import epath
 from nibabel.affines import apply_affine, voxel_sizes
 
 from vilam3_jax.data import content_keys, dicom, file_kinds, nifti, volume_io
-from vilam3_jax.data.intensity import (
-    DISPLAY_PERCENTILES,
-    as_stored_values,
-    percentile_limits,
-    usable_values,
-)
+from vilam3_jax.data.intensity import DISPLAY_PERCENTILES, as_stored_values, percentile_limits, usable_values
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.metaimage import read_metaimage
 from vilam3_jax.data.nrrd import read_nrrd
@@ -107,11 +102,7 @@ class VolumeSource:
 
 
 def load_volume(
-    path: PathLike,
-    *,
-    modality: str | None = None,
-    series: str | None = None,
-    limits: Limits = DEFAULT_LIMITS,
+    path: PathLike, *, modality: str | None = None, series: str | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> Volume:
     """Reads a 3-D scan. The content decides the format, not the file name; see `file_kinds`.
 
@@ -191,12 +182,11 @@ def _read(
     if channel is not None and kind.reader not in ("nifti", "nifti pair"):
         raise UserError(f"{path}: channels are supported in NIfTI only; save each to a separate file")
     with volume_io.wrap_parser_errors(path):
-        if kind.reader == "nrrd":
-            return read_nrrd(path, limits, voxels=voxels)
-        if kind.reader == "metaimage":
-            return read_metaimage(path, limits, voxels=voxels)
         if kind.reader == "dicom":
             return dicom.read_series(path, series=series, limits=limits)
+        if kind.reader in ("nrrd", "metaimage"):
+            read = read_nrrd if kind.reader == "nrrd" else read_metaimage
+            return read(path, limits, voxels=voxels)
         return nifti.read_nifti(path, limits, voxels=voxels, channel=channel)
 
 

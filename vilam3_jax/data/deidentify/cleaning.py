@@ -74,29 +74,19 @@ _CHARACTERISTICS = ("113108", "Retain Patient Characteristics Option")
 
 @dataclasses.dataclass
 class Outcome:
-    """The result for one file.
+    """The result for one file."""
 
-    Attributes:
-      path: source file. Like `original_patient`, used only for the mapping.
-      output: path of the copy in the output folder; None if the file was skipped.
-      reason: why the file was skipped, a fixed text.
-      patient, study, series: new identifiers.
-      original_patient: PatientID of the source.
-      suspicions: signs of identifying text in the pixels.
-      actions: action (removed, emptied, replaced) -> attribute -> count.
-      notes: other changes.
-    """
-
-    path: str = ""
-    output: str | None = None
-    reason: str = ""
-    patient: str = ""
+    path: str = ""  # source file; used only for the mapping, as original_patient
+    output: str | None = None  # path of the copy in the output folder; None if the file was skipped
+    reason: str = ""  # why the file was skipped, a fixed text
+    patient: str = ""  # new identifier, as study and series
     study: str = ""
     series: str = ""
-    original_patient: str = ""
-    suspicions: list[str] = dataclasses.field(default_factory=list)
+    original_patient: str = ""  # PatientID of the source
+    suspicions: list[str] = dataclasses.field(default_factory=list)  # signs of identifying text in the pixels
+    # Action (removed, emptied, replaced) -> attribute -> count.
     actions: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  # other changes
 
 
 def clean(

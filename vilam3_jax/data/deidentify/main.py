@@ -14,42 +14,7 @@ from vilam3_jax.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `vilam3 data deidentify`; returns 0.
-
-    Raises:
-      UserError: see `run.deidentify`, or fewer than one worker.
-    """
-    args = _parser().parse_args(argv)
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be positive")
-    with tqdm.tqdm(unit=" files", disable=not sys.stderr.isatty()) as progress:
-        report = run.deidentify(
-            args.source,
-            args.out,
-            salt_file=args.salt_file,
-            keep_characteristics=args.keep == run.PATIENT_CHARACTERISTICS,
-            refuse_suspects=args.refuse_suspects,
-            mapping=args.mapping,
-            workers=args.workers,
-            tick=progress.update,
-        )
-    files = report["files"]
-    lines = [
-        f"{files['written']} of {files['seen']} files written: {report['patients']} patients, "
-        f"{report['studies']} studies, {report['series']} series"
-    ]
-    lines += [f"  skipped {count}: {reason}" for reason, count in report["skipped"].items()]
-    if suspects := files["suspected of burned-in text"]:
-        lines.append(f"  {suspects} may show identifying text: inspect them (suspects in {run.REPORT_NAME})")
-    if args.salt_file is None:
-        lines.append("  the random salt was not stored: another run gives other pseudonyms")
-    if args.mapping is not None:
-        lines.append(f"  {args.mapping} identifies the patients: store it apart from the copies")
-    print("\n".join([*lines, f"report: {os.path.join(args.out, run.REPORT_NAME)}"]))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
+    """Runs `vilam3 data deidentify`; returns 0, or raises as `run.deidentify`."""
     parser = argparse.ArgumentParser(
         prog="vilam3 data deidentify",
         description="Copies the DICOM images of a folder without patient identifiers. Text in the pixels is "
@@ -83,4 +48,31 @@ def _parser() -> argparse.ArgumentParser:
         default=min(os.cpu_count() or 1, 16),
         help="number of processes (default: one per core, at most 16)",
     )
-    return parser
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be positive")
+    with tqdm.tqdm(unit=" files", disable=not sys.stderr.isatty()) as progress:
+        report = run.deidentify(
+            args.source,
+            args.out,
+            salt_file=args.salt_file,
+            keep_characteristics=args.keep == run.PATIENT_CHARACTERISTICS,
+            refuse_suspects=args.refuse_suspects,
+            mapping=args.mapping,
+            workers=args.workers,
+            tick=progress.update,
+        )
+    files = report["files"]
+    lines = [
+        f"{files['written']} of {files['seen']} files written: {report['patients']} patients, "
+        f"{report['studies']} studies, {report['series']} series"
+    ]
+    lines += [f"  skipped {count}: {reason}" for reason, count in report["skipped"].items()]
+    if suspects := files["suspected of burned-in text"]:
+        lines.append(f"  {suspects} may show identifying text: inspect them (suspects in {run.REPORT_NAME})")
+    if args.salt_file is None:
+        lines.append("  the random salt was not stored: another run gives other pseudonyms")
+    if args.mapping is not None:
+        lines.append(f"  {args.mapping} identifies the patients: store it apart from the copies")
+    print("\n".join([*lines, f"report: {os.path.join(args.out, run.REPORT_NAME)}"]))
+    return 0

@@ -237,12 +237,7 @@ def _report(outcomes: list[Outcome], options: Options, not_files: collections.Co
 
 
 def clean_file(path: str, options: Options) -> Outcome:
-    """Reads a file, removes identifiers and writes the copy.
-
-    Raises:
-      UnavailableError: disk or network failure.
-      UserError: the copy cannot be written.
-    """
+    """Reads a file, removes identifiers and writes the copy; raises `UserError` if that cannot be written."""
     if "://" not in path and os.path.islink(path):
         return Outcome(path, reason="symbolic link, not followed")
     try:

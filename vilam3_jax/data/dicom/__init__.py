@@ -4,11 +4,4 @@ from vilam3_jax.data.dicom.grouping import Series
 from vilam3_jax.data.dicom.pixels import read_image
 from vilam3_jax.data.dicom.series import DAMAGED_HEADER, read_listed, read_series, survey
 
-__all__ = [
-    "DAMAGED_HEADER",
-    "Series",
-    "read_image",
-    "read_listed",
-    "read_series",
-    "survey",
-]
+__all__ = ["DAMAGED_HEADER", "Series", "read_image", "read_listed", "read_series", "survey"]

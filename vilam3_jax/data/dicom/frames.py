@@ -241,11 +241,7 @@ def _nuclear(header: pydicom.Dataset, path: PathLike, count: int) -> Iterator[Fr
 
 
 def _facts(
-    header: pydicom.Dataset,
-    path: PathLike,
-    count: int,
-    scopes: Sequence[_Scope],
-    geometry: Sequence[_Scope],
+    header: pydicom.Dataset, path: PathLike, count: int, scopes: Sequence[_Scope], geometry: Sequence[_Scope]
 ) -> dict[str, Any]:
     """All fields of a `Frame` except its number.
 

@@ -56,51 +56,34 @@ class Member:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Series:
-    """A series, or one of several stacks in it, as described by its headers.
+    """A series, or one of several stacks in it, as described by its headers."""
 
-    Attributes:
-      identifier: short form of the UID for users: the first 12 hexadecimal digits of its sha256, followed by
-        "/2" for the second of several stacks.
-      uid: SeriesInstanceUID, "" if missing.
-      study: short form of the StudyInstanceUID.
-      modality: DICOM's code (CT, MR, PT, NM, ...), or "unknown".
-      body_part: as the files state it, upper case, or "unknown".
-      kind: "volume" (slices with positions, see `problem`), "image", "cine" or "not an image".
-      rows, columns: size of a slice in pixels.
-      slices: number of slices of the volume, frames of a cine, or images.
-      spacing: millimetres between columns, rows and slices; None unless `kind` is "volume".
-      orientation: "axial", "coronal", "sagittal" or "oblique"; "unknown" unless `kind` is "volume".
-      affine: [4, 4] float64, index (column, row, slice) to RAS millimetres; None unless the series is usable.
-      members: slices in the order of `affine`; for images and cines, files in their given order.
-      label: distinguishes the stacks of a series ("echo 2"), or "".
-      localizer: every slice is a localizer (scout).
-      notes: sentences about assumptions and skipped files; no patient data.
-      problem: why the series cannot be read as a volume, or None.
-      skipped: (file, reason) of skipped files.
-      copies: (kept, other) slices at one position without distinguishing attributes: their pixels must be
-        equal.
-      duplicates: (kept, other) slices with one SOPInstanceUID at one position; differing pixels are noted.
-    """
-
+    # Short form of the UID for users: the first 12 hexadecimal digits of its sha256, followed by "/2" for the
+    # second of several stacks.
     identifier: str
-    uid: str
-    study: str
-    modality: str = UNKNOWN
-    body_part: str = UNKNOWN
-    kind: str = NO_IMAGE
-    rows: int = 0
+    uid: str  # SeriesInstanceUID, "" if missing
+    study: str  # short form of the StudyInstanceUID
+    modality: str = UNKNOWN  # DICOM's code (CT, MR, PT, NM, ...), or "unknown"
+    body_part: str = UNKNOWN  # as the files state it, upper case, or "unknown"
+    kind: str = NO_IMAGE  # "volume" (slices with positions, see `problem`), "image", "cine" or "not an image"
+    rows: int = 0  # size of a slice in pixels, with columns
     columns: int = 0
-    slices: int = 0
+    slices: int = 0  # number of slices of the volume, frames of a cine, or images
+    # Millimetres between columns, rows and slices; None unless `kind` is "volume".
     spacing: tuple[float, float, float] | None = None
-    orientation: str = UNKNOWN
+    orientation: str = UNKNOWN  # "axial", "coronal", "sagittal" or "oblique"; "unknown" unless a volume
+    # [4, 4] float64, index (column, row, slice) to RAS millimetres; None unless the series is usable.
     affine: np.ndarray | None = None
+    # Slices in the order of `affine`; for images and cines, files in their given order.
     members: tuple[Member, ...] = ()
-    label: str = ""
-    localizer: bool = False
-    notes: tuple[str, ...] = ()
-    problem: str | None = None
-    skipped: tuple[Skipped, ...] = ()
+    label: str = ""  # distinguishes the stacks of a series ("echo 2"), or ""
+    localizer: bool = False  # every slice is a localizer (scout)
+    notes: tuple[str, ...] = ()  # sentences about assumptions and skipped files; no patient data
+    problem: str | None = None  # why the series cannot be read as a volume, or None
+    skipped: tuple[Skipped, ...] = ()  # (file, reason) of skipped files
+    # (kept, other) slices at one position without distinguishing attributes: their pixels must be equal.
     copies: tuple[tuple[Member, Member], ...] = ()
+    # (kept, other) slices with one SOPInstanceUID at one position; differing pixels are noted.
     duplicates: tuple[tuple[Member, Member], ...] = ()
 
     def __str__(self) -> str:

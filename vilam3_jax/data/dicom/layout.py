@@ -8,9 +8,8 @@ from typing import Any, cast
 import pydicom
 from pydicom.uid import UID
 
-from vilam3_jax.data.dicom.headers import ImageError, numbers, stated_encoding, wrap_dicom_errors
+from vilam3_jax.data.dicom.headers import ImageError, numbers, stated_encoding
 from vilam3_jax.data.limits import Limits
-from vilam3_jax.runtime.paths import PathLike
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_ICT", "YBR_RCT")
@@ -58,17 +57,12 @@ class Layout:
         }
 
 
-def read_layout(dataset: pydicom.Dataset, path: PathLike, limits: Limits) -> Layout:
-    """Reads and checks the pixel layout of a data set.
+def read_layout(dataset: pydicom.Dataset, limits: Limits) -> Layout:
+    """Reads and checks the pixel layout of a data set; call it inside `wrap_dicom_errors`.
 
-    Raises `UserError` for no pixels, an unsupported photometric interpretation or number of bits, a
+    Raises `ImageError` for no pixels, an unsupported photometric interpretation or number of bits, a
     contradictory header, or a size above a limit.
     """
-    with wrap_dicom_errors(path):
-        return _layout(dataset, limits)
-
-
-def _layout(dataset: pydicom.Dataset, limits: Limits) -> Layout:
     keyword = _pixel_keyword(dataset)
     notes: list[str] = []
     photometric = _photometric(dataset)

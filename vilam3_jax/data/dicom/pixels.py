@@ -75,7 +75,7 @@ def read_image(
     """
     with wrap_dicom_errors(path):
         dataset = read_dataset(path, limits=limits)
-        layout = read_layout(dataset, path, limits)
+        layout = read_layout(dataset, limits)
         notes = [*layout.notes]
         if frame is None:
             frame = layout.frames // 2
@@ -120,7 +120,7 @@ def frame_values(
       UserError: colour image, no such frame, above a limit, or pixels that cannot be decoded.
     """
     with wrap_dicom_errors(path):
-        layout = read_layout(dataset, path, limits)
+        layout = read_layout(dataset, limits)
         decoder = _FrameDecoder(dataset, layout, frame, [])
         if layout.photometric not in GREY:
             raise ImageError(
@@ -135,7 +135,7 @@ def value_notes(
 ) -> tuple[str, ...]:
     """The assumptions of `frame_values` about the first frame, as sentences for the notes of a volume."""
     with wrap_dicom_errors(path):
-        layout = read_layout(dataset, path, limits)
+        layout = read_layout(dataset, limits)
         notes = [*layout.notes]
         _FrameDecoder(dataset, layout, 0, notes).modality_transform()
         mapping = "RealWorldValueMappingSequence"

@@ -26,12 +26,7 @@ from vilam3_jax.data.dicom.grouping import (
     group_files,
     skipped_notes,
 )
-from vilam3_jax.data.dicom.headers import (
-    is_directory,
-    read_dataset,
-    read_header,
-    wrap_dicom_errors,
-)
+from vilam3_jax.data.dicom.headers import is_directory, read_dataset, read_header, wrap_dicom_errors
 from vilam3_jax.data.folder_walk import list_files
 from vilam3_jax.data.limits import DEFAULT_LIMITS, Limits
 from vilam3_jax.data.stored_volume import UNKNOWN, StoredVolume

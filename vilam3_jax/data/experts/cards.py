@@ -35,46 +35,30 @@ _FACTS = ("roles", "modalities", "regions", "checks")
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A check of an expert's result, see `verify`.
+    """A check of an expert's result, see `verify`."""
 
-    Attributes:
-      kind: kind of check, such as `volume_ml`.
-      subject: label or class to check; '' for all.
-      low, high: plausible range, in the unit of the check; None for no bound.
-    """
-
-    kind: str
-    subject: str = ""
-    low: float | None = None
+    kind: str  # kind of check, such as `volume_ml`
+    subject: str = ""  # label or class to check; '' for all
+    low: float | None = None  # plausible range, with high, in the unit of the check; None for no bound
     high: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """The description of an expert that a model sees, and the requirements on its inputs and results.
+    """The description of an expert that a model sees, and the requirements on its inputs and results."""
 
-    Attributes:
-      name: upper case, as in the call `<NAME(args)>`.
-      args: valid arguments; empty for none.
-      modality, task, overview, accuracy: free text on one line.
-      stand_in: whether a public package substitutes the expert; the overview must say so.
-      roles: roles of the inputs, in order, such as ("t1c", "t1", "t2", "flair"); ("",) for a single input.
-      modalities: DICOM codes of the supported modalities; empty for any.
-      regions: supported body regions; empty for any.
-      checks: checks of the results.
-    """
-
-    name: str
-    args: tuple[str, ...]
-    modality: str
+    name: str  # upper case, as in the call `<NAME(args)>`
+    args: tuple[str, ...]  # valid arguments; empty for none
+    modality: str  # free text on one line, like the next three
     task: str
     overview: str
     accuracy: str
-    stand_in: bool = False
+    stand_in: bool = False  # a public package substitutes the expert; the overview must say so
+    # Roles of the inputs, in order, such as ("t1c", "t1", "t2", "flair"); ("",) for a single input.
     roles: tuple[str, ...] = ("",)
-    modalities: tuple[str, ...] = ()
-    regions: tuple[str, ...] = ()
-    checks: tuple[Check, ...] = ()
+    modalities: tuple[str, ...] = ()  # DICOM codes of the supported modalities; empty for any
+    regions: tuple[str, ...] = ()  # supported body regions; empty for any
+    checks: tuple[Check, ...] = ()  # checks of the results
 
     def __post_init__(self) -> None:
         if not re.fullmatch(NAME, self.name):

@@ -29,17 +29,11 @@ Overlay = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How experts' results are presented to a model.
+    """How experts' results are presented to a model."""
 
-    Attributes:
-      wording: the sentences.
-      verdicts: whether doubts of the checks are included.
-      threshold: a class with a higher probability is reported as present.
-    """
-
-    wording: Wording = PLAIN
-    verdicts: bool = False
-    threshold: float = THRESHOLD
+    wording: Wording = PLAIN  # the sentences
+    verdicts: bool = False  # whether doubts of the checks are included
+    threshold: float = THRESHOLD  # a class with a higher probability is reported as present
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> Style:
@@ -59,17 +53,11 @@ DEFAULT_STYLE = Style()
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """An expert's result and the slice on which it is shown.
+    """An expert's result and the slice on which it is shown."""
 
-    Attributes:
-      annotation: the result; a failed one is rendered as a sentence.
-      task: `segmentation` or `classification`, as on the expert's card.
-      plane: the slice.
-    """
-
-    annotation: Annotation
-    task: str
-    plane: Plane = dataclasses.field(default_factory=Plane)
+    annotation: Annotation  # the result; a failed one is rendered as a sentence
+    task: str  # `segmentation` or `classification`, as on the expert's card
+    plane: Plane = dataclasses.field(default_factory=Plane)  # the slice
 
     @property
     def shows_overlay(self) -> bool:

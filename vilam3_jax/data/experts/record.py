@@ -47,26 +47,16 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The outcome of one check.
+    """The outcome of one check."""
 
-    Attributes:
-      check: kind of the check, such as `modality` or `volume_ml`.
-      status: 'pass', 'warn' (doubtful), 'fail' (implausible) or 'unknown' (no evidence).
-      stage: 'before' for checks of the input, 'after' for checks of the result.
-      subject: label or class that was checked; '' for the whole.
-      value: measured value in the unit of the check; None if nothing was measured.
-      low, high: plausible range; None for no bound.
-      message: a sentence for people and the model, without identifiers of patients or files.
-    """
-
-    check: str
-    status: str
-    stage: str = "after"
-    subject: str = ""
-    value: float | None = None
-    low: float | None = None
+    check: str  # kind of the check, such as `modality` or `volume_ml`
+    status: str  # 'pass', 'warn' (doubtful), 'fail' (implausible) or 'unknown' (no evidence)
+    stage: str = "after"  # 'before' for checks of the input, 'after' for checks of the result
+    subject: str = ""  # label or class that was checked; '' for the whole
+    value: float | None = None  # measured value in the unit of the check; None if nothing was measured
+    low: float | None = None  # plausible range, with high; None for no bound
     high: float | None = None
-    message: str = ""
+    message: str = ""  # a sentence for people and the model, without identifiers
 
     def __post_init__(self) -> None:
         if self.status not in VERDICTS:

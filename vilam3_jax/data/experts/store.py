@@ -57,11 +57,7 @@ class AnnotationWriter:
     """
 
     def __init__(
-        self,
-        directory: paths.PathLike,
-        *,
-        records_per_shard: int = 256,
-        seconds_per_shard: float = 30.0,
+        self, directory: paths.PathLike, *, records_per_shard: int = 256, seconds_per_shard: float = 30.0
     ) -> None:
         """Opens or creates the store and reads its keys.
 

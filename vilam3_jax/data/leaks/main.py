@@ -18,27 +18,8 @@ CLEAN, LEAKS = 0, 2
 def main(argv: Sequence[str]) -> int:
     """Runs `vilam3 data leaks`; returns 2 if an evaluation record leaked, otherwise 0.
 
-    Raises:
-      UserError: no datasets, or an output that cannot be written.
+    Raises `UserError` for no datasets, or an output that cannot be written.
     """
-    args = _parser().parse_args(argv)
-    if len(args.directories) > 1 and not args.json:
-        raise UserError(
-            f"--json FILE: required for several folders; training looks for {report.REPORT_NAME} in data.path"
-        )
-    if args.workers < 0 or not 0 <= args.distance < 255:
-        raise UserError("--workers must not be negative, --distance must be from 0 to 254")
-    result = report.find_leaks(
-        args.directories, training=args.training or ("train",), distance=args.distance, workers=args.workers
-    )
-    path = paths.as_path(args.json or paths.as_path(args.directories[0]) / report.REPORT_NAME)
-    paths.write_text_atomic(path, json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(report.to_text(result))
-    report.logger.info("report: %s", path)
-    return CLEAN if result["verdict"] == "clean" else LEAKS
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 data leaks",
         description="Finds images, volumes, patients and texts of evaluation sets in training sets. "
@@ -64,4 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="number of threads (default: one per core)"
     )
-    return parser
+    args = parser.parse_args(argv)
+    if len(args.directories) > 1 and not args.json:
+        raise UserError(
+            f"--json FILE: required for several folders; training looks for {report.REPORT_NAME} in data.path"
+        )
+    if args.workers < 0 or not 0 <= args.distance < 255:
+        raise UserError("--workers must not be negative, --distance must be from 0 to 254")
+    result = report.find_leaks(
+        args.directories, training=args.training or ("train",), distance=args.distance, workers=args.workers
+    )
+    path = paths.as_path(args.json or paths.as_path(args.directories[0]) / report.REPORT_NAME)
+    paths.write_text_atomic(path, json.dumps(result, indent=1) + "\n")
+    sys.stdout.write(report.to_text(result))
+    report.logger.info("report: %s", path)
+    return CLEAN if result["verdict"] == "clean" else LEAKS

@@ -28,22 +28,15 @@ _RECORDS_PER_WORKER = 16
 
 @dataclasses.dataclass(frozen=True)
 class RecordSignature:
-    """The compared properties of a record.
+    """The compared properties of a record."""
 
-    Attributes:
-      id: record id.
-      images: fingerprints of its images and rendered slices.
-      keys: "image", "volume", "patient" and "group" -> exact-match keys, empty if the record has none.
-        Patients and groups are hashed, as in `Example.meta`.
-      texts: `run_hashes` of each question with its answer.
-      unreadable_images: number of images that could not be read.
-    """
-
-    id: str
-    images: tuple[Fingerprint, ...]
+    id: str  # record id
+    images: tuple[Fingerprint, ...]  # fingerprints of its images and rendered slices
+    # "image", "volume", "patient" and "group" -> exact-match keys, empty if the record has none. Patients and
+    # groups are hashed, as in `Example.meta`.
     keys: dict[str, set[str]]
-    texts: tuple[np.ndarray, ...]
-    unreadable_images: int
+    texts: tuple[np.ndarray, ...]  # `run_hashes` of each question with its answer
+    unreadable_images: int  # number of images that could not be read
 
 
 class SignatureReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,29 +19,8 @@ from vilam3_jax.runtime.paths import write_text_atomic
 def main(argv: Sequence[str]) -> int:
     """Runs `vilam3 data scan`; returns 0 even if files have problems.
 
-    Raises:
-      UserError: the folder does not exist or an output cannot be written.
+    Raises `UserError` if the folder does not exist or an output cannot be written.
     """
-    args = _parser().parse_args(argv)
-    if args.workers < 0 or args.max_files < 1:
-        raise UserError("--workers must not be negative, --max-files must be positive")
-    start = time.monotonic()
-    scanned = collect(args.folder, args.workers, dataclasses.replace(DEFAULT_LIMITS, files=args.max_files))
-    result = report.to_json(scanned, time.monotonic() - start)
-    if args.json:
-        write_text_atomic(args.json, report.dumps(result))
-    if args.paths:
-        write_text_atomic(args.paths, report.dumps(report.to_paths(scanned, args.folder)))
-        print(
-            f"warning: {args.paths} contains file and folder names, which may identify patients; store it "
-            "with the images",
-            file=sys.stderr,
-        )
-    sys.stdout.write(report.to_text(result))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 data scan",
         description="Triage of a folder of DICOM files, volumes and images from their headers: its series, "
@@ -61,4 +41,22 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_LIMITS.files,
         help="refuse folders with more files than this (default: %(default)s)",
     )
-    return parser
+    args = parser.parse_args(argv)
+    if args.workers < 0 or args.max_files < 1:
+        raise UserError("--workers must not be negative, --max-files must be positive")
+    start = time.monotonic()
+    scanned = collect(args.folder, args.workers, dataclasses.replace(DEFAULT_LIMITS, files=args.max_files))
+    result = report.to_json(scanned, time.monotonic() - start)
+    if args.json:
+        write_text_atomic(args.json, json.dumps(result, indent=1) + "\n")
+    if args.paths:
+        named = report.to_paths(scanned, args.folder)
+        # ASCII: escapes preserve file names that are not valid Unicode.
+        write_text_atomic(args.paths, json.dumps(named, indent=1) + "\n")
+        print(
+            f"warning: {args.paths} contains file and folder names, which may identify patients; store it "
+            "with the images",
+            file=sys.stderr,
+        )
+    sys.stdout.write(report.to_text(result))
+    return 0

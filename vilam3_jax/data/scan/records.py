@@ -101,42 +101,25 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True)
 class SeriesRecord:
-    """One series, or one of its stacks; see `grouping.Series`. Field names are those of the JSON.
+    """One series, or one of its stacks; see `grouping.Series`. Field names are those of the JSON."""
 
-    Attributes:
-      id: accepted by `load_volume(series=...)`.
-      study: hash of the StudyInstanceUID.
-      modality, body_part: redacted codes.
-      kind: "volume", "image", "cine" or "not an image".
-      use: AS_VOLUME, AS_IMAGES, UNDECIDED or NOT_USED.
-      files: indices of its files.
-      columns, rows, slices: as in `Series`.
-      spacing_mm: between columns, rows and slices, or None.
-      plane: "axial", "coronal", "sagittal", "oblique" or "unknown".
-      thickness_mm: slice thickness, or None.
-      localizer: every slice is a localizer.
-      problem: why it cannot be read as a volume, or None.
-      notes: assumptions of the reader.
-      skipped: reason -> indices of skipped files of the series.
-    """
-
-    id: str
-    study: str
-    modality: str
+    id: str  # accepted by `load_volume(series=...)`
+    study: str  # hash of the StudyInstanceUID
+    modality: str  # redacted code, as body_part
     body_part: str
-    kind: str
-    use: str
-    files: tuple[int, ...]
-    columns: int
+    kind: str  # "volume", "image", "cine" or "not an image"
+    use: str  # AS_VOLUME, AS_IMAGES, UNDECIDED or NOT_USED
+    files: tuple[int, ...]  # indices of its files
+    columns: int  # as rows and slices, see `Series`
     rows: int
     slices: int
-    spacing_mm: tuple[float, ...] | None
-    plane: str
-    thickness_mm: float | None
-    localizer: bool
-    problem: str | None
-    notes: tuple[str, ...]
-    skipped: dict[str, tuple[int, ...]]
+    spacing_mm: tuple[float, ...] | None  # between columns, rows and slices
+    plane: str  # "axial", "coronal", "sagittal", "oblique" or "unknown"
+    thickness_mm: float | None  # slice thickness
+    localizer: bool  # every slice is a localizer
+    problem: str | None  # why it cannot be read as a volume, or None
+    notes: tuple[str, ...]  # assumptions of the reader
+    skipped: dict[str, tuple[int, ...]]  # reason -> indices of skipped files of the series
 
 
 def read_records(files: Sequence[tuple[int, str]], limits: Limits) -> list[FileRecord]:
@@ -226,7 +209,7 @@ def _pixel_fault(header: pydicom.Dataset, size: int, path: str, limits: Limits) 
             if key not in _known_layouts:
                 if len(_known_layouts) >= _MAX_KNOWN_LAYOUTS:
                     _known_layouts.clear()
-                _known_layouts[key] = _layout_fault(header, path, limits)
+                _known_layouts[key] = _layout_fault(header, limits)
             fault, min_bytes = _known_layouts[key]
             # Iterating the header itself would decode all values.
             elements = (header.get_item(tag) for tag in header.keys())  # noqa: SIM118
@@ -238,7 +221,7 @@ def _pixel_fault(header: pydicom.Dataset, size: int, path: str, limits: Limits) 
         return redaction.message(str(error), path)
 
 
-def _layout_fault(header: pydicom.Dataset, path: str, limits: Limits) -> tuple[str | None, int]:
+def _layout_fault(header: pydicom.Dataset, limits: Limits) -> tuple[str | None, int]:
     """Why the pixel layout is unsupported or invalid, and the minimum size of the pixels in bytes."""
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax and (syntax.name == syntax or syntax.type != "Transfer Syntax"):
@@ -250,7 +233,7 @@ def _layout_fault(header: pydicom.Dataset, path: str, limits: Limits) -> tuple[s
     # A placeholder for the unread pixels: `read_layout` inspects their first bytes.
     header.add_new("PixelData", "OB", _ITEM_TAG if encapsulated else bytes(4))
     header["PixelData"].is_undefined_length = encapsulated
-    layout = read_layout(header, path, limits)
+    layout = read_layout(header, limits)
     if encapsulated and not is_decodable(layout.syntax):
         name = layout.syntax.name
         return f"no decoder for the transfer syntax {name}; `pip install 'vilam3-jax[dicom]'`", 0

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import collections
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import vilam3_jax
 from vilam3_jax.data.scan.collect import ScanResult
-from vilam3_jax.data.scan.records import (
-    AS_IMAGES,
-    AS_VOLUME,
-    NOT_USED,
-    UNDECIDED,
-    FileRecord,
-    SeriesRecord,
-)
+from vilam3_jax.data.scan.records import AS_IMAGES, AS_VOLUME, NOT_USED, UNDECIDED, FileRecord, SeriesRecord
 from vilam3_jax.data.stored_volume import UNKNOWN
 
 SCHEMA_VERSION = 1
@@ -321,11 +313,6 @@ def to_paths(scanned: ScanResult, folder: str) -> dict[str, Any]:
         "skipped": by_reason,
         "other_files": by_kind,
     }
-
-
-def dumps(document: dict[str, Any]) -> str:
-    """Returns ASCII JSON; escapes preserve file names that are not valid Unicode."""
-    return json.dumps(document, indent=1) + "\n"
 
 
 def _rounded(lengths: Sequence[float] | None) -> list[float] | None:

@@ -14,23 +14,15 @@ from vilam3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One kind of dialogue.
+    """One kind of dialogue."""
 
-    Attributes:
-      name: the part of a mixture's row after the colon.
-      options: returns the choices that a record offers; raises `Unfit` if there are none.
-      build: builds the dialogue of one choice.
-      parity: builds it in the reference's words; None if the reference has no such dialogue.
-      modality: modality of the records; '' for any.
-      needs_experts: whether the question needs experts; with experts off, `no_expert` replaces it.
-    """
-
-    name: str
-    options: Callable[[Scene], Sequence[Any]]
-    build: Callable[[Scene, Any], Example]
+    name: str  # the part of a mixture's row after the colon
+    options: Callable[[Scene], Sequence[Any]]  # choices that a record offers; raises `Unfit` for none
+    build: Callable[[Scene, Any], Example]  # the dialogue of one choice
+    # The dialogue in the reference's words; None if the reference has none.
     parity: Callable[[Scene, Any], Example] | None = None
-    modality: str = ""
-    needs_experts: bool = False
+    modality: str = ""  # modality of the records; '' for any
+    needs_experts: bool = False  # the question needs experts; with experts off, `no_expert` replaces it
 
     def unfit(self, scene: Scene) -> str | None:
         """The reason why the rule does not fit a record, or None; decodes no image."""

@@ -29,23 +29,16 @@ class Unfit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The options of dialogues.
+    """The options of dialogues."""
 
-    Attributes:
-      cards: cards of the experts in the prompt.
-      find: maps (input key, expert, arguments) to the annotation, or None.
-      style: how results are presented.
-      parity: whether to use the reference's sentences and only its experts.
-      min_lesion_ml: smallest mean volume of a lesion's components that are counted. Specks make a count
-        unreliable.
-      min_pixels: smallest area of a lesion on a slice, in pixels, that a question may ask about.
-    """
-
-    cards: tuple[Card, ...]
+    cards: tuple[Card, ...]  # cards of the experts in the prompt
+    # Maps (input key, expert, arguments) to the annotation, or None.
     find: Callable[[str, str, str], Annotation | None]
-    style: Style = DEFAULT_STYLE
-    parity: bool = False
+    style: Style = DEFAULT_STYLE  # how results are presented
+    parity: bool = False  # use the reference's sentences and only its experts
+    # Smallest mean volume of a lesion's components that are counted: specks make a count unreliable.
     min_lesion_ml: float = 0.1
+    # Smallest area of a lesion on a slice, in pixels, that a question may ask about.
     min_pixels: int = 20
 
     @classmethod
@@ -116,22 +109,19 @@ class StoredResult(Result):
         return component_counts(self.annotation)[label.label_id]
 
 
+@dataclasses.dataclass(eq=False)
 class Scene:
-    """A record at one position of the stream.
+    """A record at one position of the stream."""
 
-    Attributes:
-      record: the stored record.
-      setting: options of the dialogue.
-      rng: makes every random choice of the dialogue.
-      experts_on: False restricts the dialogue to questions that the images alone can answer.
-      modality: `CT`, `MRI` or `CXR`, or the record's own term.
-    """
+    record: Example  # the stored record
+    setting: Setting  # options of the dialogue
+    rng: random.Random  # makes every random choice of the dialogue
+    experts_on: bool = True  # False restricts the dialogue to questions that the images alone can answer
 
-    def __init__(
-        self, record: Example, setting: Setting, rng: random.Random, experts_on: bool = True
-    ) -> None:
-        self.record, self.setting, self.rng, self.experts_on = record, setting, rng, experts_on
-        self.modality = modality_of(str(record.meta.get("modality", "")))
+    @functools.cached_property
+    def modality(self) -> str:
+        """`CT`, `MRI` or `CXR`, or the record's own term."""
+        return modality_of(str(self.record.meta.get("modality", "")))
 
     @property
     def roles(self) -> list[str]:

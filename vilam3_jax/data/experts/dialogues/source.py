@@ -142,11 +142,6 @@ def _unfit(
         return name, [f"cannot be used ({type(error).__name__})"] * len(rules)
 
 
-def under_rule(source: ExampleSource, rule: Rule, setting: Setting, seed: int) -> DialogueSource:
-    """All records under a rule, whether it fits them or not, with their stored indices."""
-    return DialogueSource(source, rule, setting, seed, np.arange(len(source)), {})
-
-
 def why_left_out(source: DialogueSource) -> str:
     """The reasons in a sentence, the most frequent first; '' if every record fits."""
     reasons = list(source.left_out.items())

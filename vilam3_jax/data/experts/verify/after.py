@@ -113,24 +113,17 @@ class LabelMeasures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Finding:
-    """An expert's result and the evidence of its input.
-
-    Attributes:
-      expert, args: the call.
-      evidence: evidence of the first input, whose grid the label map has.
-      probabilities: class to probability, calibrated where available.
-      segments: the labels found.
-      labels: label map, integers [X, Y, Z], or None.
-      affine: [4, 4], voxel index to RAS millimetres, or None.
-    """
+    """An expert's result and the evidence of its input."""
 
     expert: str
-    args: str = ""
+    args: str = ""  # of the call
+    # Evidence of the first input, whose grid the label map has.
     evidence: Evidence = dataclasses.field(default_factory=Evidence)
+    # Class to probability, calibrated where available.
     probabilities: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    segments: tuple[Segment, ...] = ()
-    labels: np.ndarray | None = None
-    affine: np.ndarray | None = None
+    segments: tuple[Segment, ...] = ()  # the labels found
+    labels: np.ndarray | None = None  # label map, integers [X, Y, Z]
+    affine: np.ndarray | None = None  # [4, 4], voxel index to RAS millimetres
 
     @functools.cached_property
     def measures(self) -> dict[str, LabelMeasures]:

@@ -149,8 +149,7 @@ class Assistant:
           temperature, top_p, seed: see `Sampling`; greedy by default.
           **view: axis, index, slices, window, modality, series and frame; see `open_image`.
 
-        Raises:
-          UserError: the image cannot be used, the prompt is empty, or there is no source of expert results.
+        Raises `UserError` for an unusable image, an empty prompt, or no source of expert results.
         """
         if not prompt.strip():
             raise UserError("the prompt is empty; ask something")
@@ -226,8 +225,7 @@ def host_command(setting: str, *, required: bool) -> list[str]:
       setting: 'auto' (the `vilam3-experts` beside this Python or on the path), 'off', or a command line.
       required: with 'auto', whether a missing program is an error.
 
-    Raises:
-      UserError: 'auto' found nothing, but it is required.
+    Raises `UserError` if 'auto' found nothing, but it is required.
     """
     if setting == "off":
         return []

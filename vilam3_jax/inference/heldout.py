@@ -166,8 +166,7 @@ def read_questions(
     Of dialogues with several answers, consecutive examples use consecutive turns, so that expert calls, first
     and later answers are all covered.
 
-    Raises:
-      UserError: no example can be asked; names the reasons.
+    Raises `UserError`, with the reasons, if no example can be asked.
     """
     template_stops = model_template(model).stop_ids(tokenizer)
     loader = build_loader(data, model, PackedRows, "heldout", seed=seed, tokenizer=tokenizer)

@@ -71,8 +71,7 @@ class Scan:
     def shown_with(self, annotation: Annotation) -> Scan:
         """The slice that an expert's result is shown on, the one with the most labelled voxels.
 
-        Raises:
-          ValueError: the label map is damaged.
+        Raises `ValueError` if the label map is damaged.
         """
         if not self.slices:
             return self

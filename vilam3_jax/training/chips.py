@@ -53,79 +53,27 @@ class Chip:
     sparse_cores: bool = False
 
 
+# fmt: off
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(
-            "v4",
-            ("TPU v4",),
-            275e12,
-            int(30.75 * GIB),
-            1.2e12,
-            50e9,
-            3,
-            6.25e9,
-            cores_in_name=True,
-            clock=1.05e9,
-        ),
-        Chip(
-            "v5e",
-            ("TPU v5 lite", "TPU v5e"),
-            197e12,
-            int(15.75 * GIB),
-            0.8e12,
-            50e9,
-            2,
-            3.125e9,
-            clock=1.5e9,
-            scoped_vmem_kib=32768,
-        ),
-        Chip(
-            "v5p",
-            ("TPU v5", "TPU v5p"),
-            459e12,
-            int(95.74 * GIB),
-            2.765e12,
-            100e9,
-            3,
-            6.25e9,
-            cores_in_name=True,
-            clock=1.75e9,
-            scoped_vmem_kib=32768,
-            sparse_cores=True,
-        ),
-        Chip(
-            "v6e",
-            ("TPU v6 lite", "TPU v6e"),
-            918e12,
-            int(31.25 * GIB),
-            1.6e12,
-            100e9,
-            2,
-            12.5e9,
-            clock=2.1e9,
-            scoped_vmem_kib=65536,
-            sparse_cores=True,
-        ),
-        Chip(
-            "tpu7x",
-            ("TPU7x", "TPU v7x"),
-            2307e12,
-            int(2 * 94.75 * GIB),
-            7.38e12,
-            100e9,
-            3,
-            12.5e9,
-            devices=2,
-            cores_in_name=True,
-            clock=2.45e9,
-            scoped_vmem_kib=32768,
-        ),
+        # name, kinds, peak, memory, bandwidths of memory and of a link, torus axes, bandwidth between slices
+        Chip("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1.2e12, 50e9, 3, 6.25e9,
+             cores_in_name=True, clock=1.05e9),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 0.8e12, 50e9, 2, 3.125e9,
+             clock=1.5e9, scoped_vmem_kib=32768),
+        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.74 * GIB), 2.765e12, 100e9, 3, 6.25e9,
+             cores_in_name=True, clock=1.75e9, scoped_vmem_kib=32768, sparse_cores=True),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * GIB), 1.6e12, 100e9, 2, 12.5e9,
+             clock=2.1e9, scoped_vmem_kib=65536, sparse_cores=True),
+        Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, int(2 * 94.75 * GIB), 7.38e12, 100e9, 3, 12.5e9,
+             devices=2, cores_in_name=True, clock=2.45e9, scoped_vmem_kib=32768),
         Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * GIB, 3.35e12),
         Chip("h200", ("NVIDIA H200",), 989e12, 141 * 10**9, 4.8e12),
         Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * GIB, 2.039e12),
     )
 }
+# fmt: on
 
 
 def of_kind(device_kind: str) -> Chip | None:

@@ -22,11 +22,7 @@ class DevicePut:
     """
 
     def __init__(self, units: int, mesh: Mesh) -> None:
-        """Finds the local units.
-
-        Args:
-          units: number of units in the global batch.
-          mesh: mesh of the run.
+        """Finds the local units of a global batch of `units`.
 
         Raises:
           UserError: the batch is not divisible over the mesh.

@@ -25,7 +25,10 @@ Answer = Callable[[Mapping[str, jax.Array]], tuple[list[dict[str, Any]], dict[st
 
 
 class Evaluation:
-    """Held-out losses and, optionally, answers; a resumed run drops answers after its checkpoint."""
+    """Held-out losses and, unless `answer` is None, answers, which go to `generations.jsonl` in `workdir`.
+
+    A resumed run drops the answers after `start_step`, the step of its checkpoint.
+    """
 
     def __init__(
         self,
@@ -34,20 +37,9 @@ class Evaluation:
         workdir: paths.PathLike,
         start_step: int,
     ) -> None:
-        """Opens the file for answers.
-
-        Args:
-          losses: such as `HeldoutLosses`.
-          answer: generates answers; None for none.
-          workdir: folder of the run; answers go to `generations.jsonl`.
-          start_step: step of the checkpoint that the run resumes from; 0 for a new run.
-        """
         self._losses, self._answer = losses, answer
-        self._file = (
-            JsonLines(workdir, GENERATIONS_FILE, start_step)
-            if answer and processes.is_primary_process()
-            else None
-        )
+        writes = answer is not None and processes.is_primary_process()
+        self._file = JsonLines(workdir, GENERATIONS_FILE, start_step) if writes else None
 
     def __call__(self, step: int, state: TrainState, swapped: bool = True) -> dict[str, float]:
         """Evaluates a state; `swapped` adds the loss with exchanged images."""

@@ -15,11 +15,8 @@ from vilam3_jax.ops import quantized as quantized_lib
 from vilam3_jax.ops.quantized import QuantizationConfig, QuantizedKernel, quantize_kernel
 from vilam3_jax.sharding import logical_axes
 
-_GATHERED_OVER = (
-    "data",
-    "fsdp",
-    logical_axes.FSDP_LINE,
-)  # linear layers gather over these axes, so a kernel may also be replicated
+# Linear layers gather over these axes, so a kernel may also be replicated.
+_GATHERED_OVER = ("data", "fsdp", logical_axes.FSDP_LINE)
 
 
 def abstract(

@@ -19,7 +19,7 @@ from vilam3_jax.tasks import TASKS
 from vilam3_jax.training.initialization import InitConfig
 from vilam3_jax.training.optimizer import OptimizerConfig, ScheduleConfig
 from vilam3_jax.training.step_guard import SkipConfig
-from vilam3_jax.training.telemetry_config import TelemetryConfig
+from vilam3_jax.training.writers import TelemetryConfig
 
 
 @dataclasses.dataclass(frozen=True)

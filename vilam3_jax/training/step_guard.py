@@ -87,12 +87,7 @@ def judge(skip: SkipConfig, guard: Guard, norm: jax.Array, loss: jax.Array) -> t
 
 
 def check_limit(skip: SkipConfig, step: int, metrics: Mapping[str, float]) -> None:
-    """Ends a run that no longer learns.
-
-    Args:
-      skip: settings.
-      step: number of the last step.
-      metrics: its metrics.
+    """Ends a run that no longer learns; `metrics` are those of the last step, `step`.
 
     Raises:
       UserError: the last `skip.limit` steps were all skipped.

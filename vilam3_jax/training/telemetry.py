@@ -117,8 +117,9 @@ class Telemetry:
         self._first_start = writers.read_record(workdir).get("first_start", started)
         self._watchdog = Watchdog(workdir, config.telemetry.stall_seconds, jax.process_index())
         self._traces = Traces(workdir, config.telemetry.profile_steps)
-        shown = is_primary and not quiet
-        self._bar = progress_bar(config.name, config.num_steps, start_step, shown)
+        style: dict[str, Any] = dict(unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=1.0)
+        style |= dict(desc=config.name, disable=quiet or not is_primary)
+        self._bar = tqdm(total=config.num_steps, initial=start_step, **style)
         # Run by the thread, with the step's metrics.
         self._hooks = (
             Hook(lambda step, _: self._watchdog.beat()),
@@ -304,12 +305,6 @@ def memory() -> dict[str, float]:
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [one["peak_bytes_in_use"] for one in stats if one and "peak_bytes_in_use" in one]
     return {"host_memory": peak_rss_bytes(), **({"device_memory": max(peaks)} if peaks else {})}
-
-
-def progress_bar(name: str, total: int, done: int, shown: bool = True) -> tqdm:
-    """A bar with stage, step, speed and remaining time; logging adds the loss."""
-    style: dict[str, Any] = dict(unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=1.0)
-    return tqdm(total=total, initial=done, desc=name, disable=not shown, **style)
 
 
 def peak_rss_bytes() -> int:

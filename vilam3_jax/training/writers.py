@@ -18,14 +18,17 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
-from vilam3_jax.runtime.settings import flatten
-from vilam3_jax.training.run_config import RunConfig
-from vilam3_jax.training.telemetry_config import WRITERS, TelemetryConfig
+from vilam3_jax.runtime.settings import Section, flatten, setting
 
+if TYPE_CHECKING:  # it has `TelemetryConfig` as a section
+    from vilam3_jax.training.run_config import RunConfig
+
+# Writer → the package that it needs.
+WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 METRICS_FILE = "metrics.jsonl"
 # First start of the run, its ids at the services, and what was sent to them.
 RECORD_FILE = "telemetry.json"
@@ -35,6 +38,39 @@ _MLFLOW_CHARACTERS = 500  # limit of a parameter
 _MLFLOW_PENDING = 64  # requests without an answer
 _REWRITE_SECONDS = 60.0  # object stores limit writes to one file to about one per second
 _RECORD_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class TelemetryConfig(Section):
+    """The section `telemetry`: where the metrics of a run go.
+
+    Attributes:
+      writers: of `WRITERS`, besides metrics.jsonl.
+      project: project or experiment at the services.
+      wandb_offline: write W&B runs to the run's folder.
+      stall_seconds: time without a step after which all stacks are dumped; 0 for never.
+      profile_steps: first and last step to trace, or empty.
+    """
+
+    key = "telemetry"
+    writers: tuple[str, ...] = ()
+    project: str = "vilam3_jax"
+    wandb_offline: bool = False
+    stall_seconds: float = setting(default=1800.0, at_least=0)
+    profile_steps: tuple[int, ...] = ()
+
+    def validate(self) -> None:
+        """Checks writers and steps."""
+        if unknown := sorted({str(name) for name in self.writers} - set(WRITERS)):
+            raise UserError(
+                f"config telemetry.writers names {', '.join(unknown)}; known are {', '.join(WRITERS)}"
+            )
+        steps = self.profile_steps
+        whole = all(isinstance(step, int) for step in steps)
+        if steps and not (whole and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+            raise self.error(
+                "profile_steps", "must be the first and the last step to trace, such as (10, 12)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +97,7 @@ class Sent:
 
 
 class Writer(Protocol):
-    """Receives the metrics of one step after another."""
+    """Receives the metrics of one step after another; services skip what was sent before a restart."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes metrics of a step; a step may be repeated with other keys."""
@@ -226,16 +262,13 @@ class TensorBoard:
             self._writer.add_text("config", f"```\n{config.snapshot()}```", 0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one scalar per key."""
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
     def flush(self) -> None:
-        """Writes the buffer."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Writes the buffer."""
         self._writer.close()
 
 
@@ -271,15 +304,13 @@ class Wandb:
         self._sent = sent
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends metrics that were not sent before the restart."""
         if new := self._sent.missing(step, values):
             self._run.log(new, step=step)
 
     def flush(self) -> None:
-        """Nothing to do: a separate process sends, and outlives this one."""
+        pass  # a separate process sends, and outlives this one
 
     def close(self) -> None:
-        """Waits until all is sent."""
         self._run.finish()
         self._scratch.cleanup()
 
@@ -321,7 +352,6 @@ class Mlflow:
         return run_id
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends metrics that were not sent before the restart, without waiting for an answer."""
         now, new = int(time.time() * 1000), self._sent.missing(step, values)
         metrics = [self._metric(key, value, now, step) for key, value in new.items()]
         if metrics:
@@ -330,12 +360,10 @@ class Mlflow:
                 self._pending.popleft().wait()
 
     def flush(self) -> None:
-        """Waits until all is sent."""
         while self._pending:
             self._pending.popleft().wait()
 
     def close(self) -> None:
-        """Waits until all is sent."""
         self.flush()
         self._client.set_terminated(self._run_id)
 

@@ -20,6 +20,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import hypothesis
 import pytest
 from etils.epath import testing
 
@@ -28,6 +29,9 @@ from vilam3_jax.runtime import compat
 
 compat.use_cpu_devices(8)
 
+# Busy machines are slow, so no example has a time limit.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 _OPERATORS = declare_operators()  # the declarations end with the object
 

@@ -31,6 +31,5 @@ def slice64(
         config.activation_rules.tower_heads, config.activation_rules.tower_queries = "", "tensor"
     # Groups of 64 chips under `fsdp`; larger slices hold several copies of the parameters.
     config.mesh.data, config.mesh.fsdp = -1, 64
-    config.checkpoint_every = 100
     config.num_steps = steps or config.num_steps
     return config

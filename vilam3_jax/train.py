@@ -27,7 +27,7 @@ from vilam3_jax.inference import heldout
 from vilam3_jax.runtime import compat, paths, processes
 from vilam3_jax.runtime import workdir as workdir_lib
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import evaluation, initialization, telemetry, writers
+from vilam3_jax.training import evaluation, initialization, resumption, telemetry, writers
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training.device_put import DevicePut
 from vilam3_jax.training.hooks import Hook, run_hooks
@@ -75,11 +75,16 @@ def train(config: RunConfig, workdir: paths.PathLike, stop_after: int = 0, quiet
 
     Raises:
       UserError: config, data, mesh or an earlier checkpoint do not fit, or another run uses `workdir`.
+      KeyboardInterrupt: Ctrl-C was pressed; the run is saved unless it was pressed twice.
     """
     if config.mesh.cpu_devices:
         compat.use_cpu_devices(config.mesh.cpu_devices)
     with workdir_lib.claimed(workdir), processes.Preemption() as preemption:
-        return _train(config, paths.as_path(workdir), stop_after, quiet, preemption)
+        result = _train(config, paths.as_path(workdir), stop_after, quiet, preemption)
+    if preemption.interrupted and not result.finished:
+        logger.warning("%s: saved step %d; the same command resumes", config.name, result.steps)
+        raise KeyboardInterrupt
+    return result
 
 
 def _train(
@@ -109,13 +114,13 @@ def _train(
     checkpoints = run_checkpoints.RunCheckpoints(
         workdir, config.checkpoints_kept, config.checkpoints_kept_every
     )
-    start, state, clock, origin = _restore(program, checkpoints, loader, workdir)
-    if not start:
-        _print_start(program, origin, quiet)
+    start, state, clock, origin, changed = _restore(program, checkpoints, loader, workdir)
+    if not quiet:
+        _print_resumption(config, start, changed) if start else _print_start(program, origin)
     provenance = _provenance(config, loader, origin)
     last = min(config.num_steps, stop_after or config.num_steps)
     if processes.is_primary_process():
-        paths.write_text_atomic(workdir / "config.json", config.to_json())
+        _write_config(config, workdir, start, bool(changed))
         if start < last:
             (workdir / RESULT_FILE).unlink(missing_ok=True)  # of a shorter run that is continued
 
@@ -186,13 +191,15 @@ def _train(
 
 def _restore(
     program: Program, checkpoints: run_checkpoints.RunCheckpoints, loader: Loader, workdir: epath.Path
-) -> tuple[int, TrainState, telemetry.Clock, dict[str, str]]:
-    """Step, state, clock, and the origin of each component; restores the loader too."""
+) -> tuple[int, TrainState, telemetry.Clock, dict[str, str], dict[str, str]]:
+    """Step, state, clock, origin of each component, and changed settings; restores the loader too."""
     config = program.config
     restored = checkpoints.restore(program.state.to_tree())
     if restored is None:
         state, origin = program.initial_state()
-        return 0, state, telemetry.Clock(), origin
+        return 0, state, telemetry.Clock(), origin, {}
+    changed = resumption.changes(restored.run["config"], config)
+    resumption.check_init(changed)
     stored, components = restored.run["config"]["model"], set(config.init.to_dict())
     initialization.check_architecture(
         f"{workdir}/checkpoints", stored, config.model, components, bool(config.model.llm.lora_rank)
@@ -201,7 +208,17 @@ def _restore(
     origin = restored.run.get("provenance", {}).get("init", config.init.to_dict())
     loader.set_state(restored.data)
     clock = telemetry.Clock.of(restored.run["clock"])
-    return restored.step, TrainState.from_tree(restored.state), clock, origin
+    return restored.step, TrainState.from_tree(restored.state), clock, origin, changed
+
+
+def _write_config(config: RunConfig, workdir: epath.Path, start: int, changed: bool) -> None:
+    """Writes `config.json`, or `config_from_step_N.json` beside it if a resumed run changes settings."""
+    target = workdir / "config.json"
+    if start and target.exists():
+        if not changed:
+            return
+        target = workdir / f"config_from_step_{start}.json"
+    paths.write_text_atomic(target, config.to_json())
 
 
 def _provenance(config: RunConfig, loader: Loader, origin: dict[str, str]) -> dict[str, Any]:
@@ -249,9 +266,18 @@ def _result(
     )
 
 
-def _print_start(program: Program, origin: dict[str, str], quiet: bool) -> None:
-    if quiet:
-        return
+def _print_resumption(config: RunConfig, start: int, changed: dict[str, str]) -> None:
+    if start < config.num_steps:
+        print(f"{config.name}: resuming at step {start} of {config.num_steps}")
+    else:
+        print(f"{config.name}: finished at step {start}; nothing to do")
+        if changed:
+            print("  the settings below are not those of the run; use another --workdir to train with them")
+    for key, change in changed.items():
+        print(f"  {key}: {change}")
+
+
+def _print_start(program: Program, origin: dict[str, str]) -> None:
     total = sum(leaf.size for leaf in program.shapes.values())
     trained = sum(leaf.size for path, leaf in program.shapes.items() if program.lr_multipliers[path])
     axes = (

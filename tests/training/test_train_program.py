@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,10 +43,10 @@ def world(tmp_path_factory):
     return root
 
 
-def arguments(world, workdir, stage="stage3_instruct", **overrides):
-    settings = {
-        "data.path": world / "data",
-        "model.tokenizer": world / "tokenizer",
+def settings(world, **overrides):
+    return {
+        "data.path": str(world / "data"),
+        "model.tokenizer": str(world / "tokenizer"),
         "data.seq_len": 128,
         "data.global_rows": 4,
         "data.loader_shards": 2,
@@ -60,7 +61,10 @@ def arguments(world, workdir, stage="stage3_instruct", **overrides):
         "skip.spike": 50.0,
         **overrides,
     }
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+def arguments(world, workdir, stage="stage3_instruct", **overrides):
+    flags = [f"--config.{key}={value}" for key, value in settings(world, **overrides).items()]
     return [f"--config=configs/{stage}.py:tiny", f"--workdir={workdir}", "--quiet", *flags]
 
 
@@ -69,7 +73,7 @@ def run(*argv, **options):
         [sys.executable, "-m", "vilam3_jax.train", *argv],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         **options,
     )
 
@@ -235,7 +239,7 @@ def start_and_wait(argv, workdir, step):
     process = subprocess.Popen(
         [sys.executable, "-m", "vilam3_jax.train", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline and process.poll() is None:
         if max(losses(workdir), default=0) >= step:
             return process
@@ -244,7 +248,9 @@ def start_and_wait(argv, workdir, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent,code", [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "sent,code", [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_killed_and_resumed_equals_uninterrupted(world, sent, code):
     longer = {"num_steps": 300, "checkpoint_every": 40}
     whole, killed = world / "whole_long", world / f"killed_{sent.name}"
@@ -253,7 +259,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, sent, code):
     argv = arguments(world, killed, **longer)
     process = start_and_wait(argv, killed, step=90)
     process.send_signal(sent)
-    assert process.wait(timeout=120) == code
+    assert process.wait(timeout=900) == code
     assert max(losses(killed)) < 300, "the run ended before the signal came"
     assert run(*argv).returncode == 0
     assert_same_run(killed, whole)
@@ -353,6 +359,27 @@ def test_a_checkpoint_of_another_architecture_is_not_gone_on_from(world, uninter
     shutil.copytree(uninterrupted, tmp_path / "run")
     result = run(*arguments(world, tmp_path / "run", **{"model.llm.rope_theta": 5000.0}))
     assert result.returncode == 2 and "rope_theta" in result.stderr and "another model" in result.stderr
+
+
+def test_a_resumed_run_says_what_changed_and_keeps_the_record(world, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    record = (tmp_path / "run" / "config.json").read_text()
+
+    def config(**changed):
+        on_the_devices_of_tests = {"mesh.fsdp": 4, "mesh.cpu_devices": 0}
+        values = settings(world, **on_the_devices_of_tests, **changed)
+        return config_lib.load("configs/stage3_instruct.py:tiny", values)
+
+    train.train(config(**{"schedule.peak": 0.5}), tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert f"stage3_instruct: finished at step {STEPS}; nothing to do" in shown
+    assert "another --workdir" in shown
+    assert re.search(r"^  schedule.peak: \S+ → 0.5$", shown, re.MULTILINE) and "  mesh.fsdp: 2 → 4\n" in shown
+    assert (tmp_path / "run" / "config.json").read_text() == record
+    changed = json.loads((tmp_path / "run" / f"config_from_step_{STEPS}.json").read_text())
+    assert changed["schedule"]["peak"] == 0.5
+    with pytest.raises(UserError, match=r"config init.llm: .* another --workdir"):
+        train.train(config(**{"init.llm": str(tmp_path)}), tmp_path / "run")
 
 
 def test_a_result_is_complete(uninterrupted):

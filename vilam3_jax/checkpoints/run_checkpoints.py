@@ -171,6 +171,13 @@ class RunCheckpoints:
 
     def _load(self, step: int, abstract: Any) -> Restored | str:
         """Returns the content of a checkpoint, or the error of a damaged one."""
+        # Before loading: TensorStore logs thousands of lines for arrays of other shapes.
+        differences = [found for found in processes.gather(self._difference(step, abstract)) if found]
+        if differences:
+            raise UserError(
+                f"{self._root / str(step)}: does not fit this config ({differences[0]}); it was saved with "
+                "another model, optimizer, ema_decay or skip.window: restore them, or use another --workdir"
+            )
         items, error, transient = None, None, False
         try:
             items = self._manager.load_checkpointables(step, {"state": abstract, "data": None, "run": None})
@@ -185,11 +192,6 @@ class RunCheckpoints:
         if items is not None and not errors:
             data, run = json.loads(items["data"]["json"]), json.loads(items["run"]["json"])
             return Restored(step, items["state"], data, run)
-        if difference := self._difference(step, abstract):
-            raise UserError(
-                f"{self._root / str(step)}: does not fit this config ({difference}); it was saved with "
-                "another model, optimizer, ema_decay or skip.window: restore them, or use another --workdir"
-            )
         return errors[0][0]
 
     def _difference(self, step: int, abstract: Any) -> str | None:

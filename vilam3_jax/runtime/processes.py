@@ -237,22 +237,43 @@ def from_primary_process(value: Any) -> Any:
 
 
 class Preemption:
-    """Context in which SIGTERM asks the run to save and stop, during startup and export too."""
+    """Context in which SIGTERM or Ctrl-C asks the run to save and stop, during startup and export too.
+
+    With several processes, Ctrl-C ends them at once.
+
+    Attributes:
+      interrupted: Ctrl-C was pressed.
+    """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._event, self.interrupted = threading.Event(), False
         self._asked, self._reached = 0, False
         # With several processes JAX handles the signal and agrees on a step at which all stop.
         self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Preemption:
         if self._own:
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
+            self._previous = {
+                signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: self._event.set()),
+                signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._own:
-            signal.signal(signal.SIGTERM, self._previous)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+
+    def _interrupt(self, *_: object) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self._event.set()
+        print(
+            "stopping: the current step ends and is saved; Ctrl-C again stops without saving",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def reached(self, step: int) -> bool:
         """Whether to stop after `step` finished steps, equal in all processes; call it at every step."""

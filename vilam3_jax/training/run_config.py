@@ -75,7 +75,7 @@ class RunConfig(Section):
     eval_every: int = setting(default=0, at_least=0)
     eval_batches: int = setting(default=4, at_least=1)
     eval_generate: int = setting(default=0, at_least=0)
-    checkpoint_every: int = setting(default=0, at_least=0)
+    checkpoint_every: int = setting(default=100, at_least=0)
     checkpoints_kept: int = setting(default=2, at_least=1)
     checkpoints_kept_every: int = setting(default=0, at_least=0)
     log_every: int = setting(default=1, at_least=1)

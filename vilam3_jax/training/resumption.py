@@ -1,0 +1,46 @@
+"""Compares the config of a run that resumes with the config of its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vilam3_jax.errors import UserError
+from vilam3_jax.runtime.settings import flatten
+from vilam3_jax.training.run_config import RunConfig
+
+_ABSENT = object()
+
+
+def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+    """Dotted key → "old → new" of the settings that differ; keys that older checkpoints lack are left out.
+
+    Args:
+      stored: config in the checkpoint, as JSON.
+      config: config of this run.
+    """
+    before, now = flatten(stored), flatten(json.loads(config.to_json()))
+    return {
+        key: f"{json.dumps(value)} → {_shown(now.get(key, _ABSENT))}"
+        for key, value in sorted(before.items())
+        if now.get(key, _ABSENT) != value
+    }
+
+
+def check_init(changed: Mapping[str, str]) -> None:
+    """Refuses another origin of the weights: a resumed run would ignore it.
+
+    Raises:
+      UserError: a key of `init` differs.
+    """
+    for key, change in changed.items():
+        if key.startswith("init."):
+            raise UserError(
+                f"config {key}: {change}, but a run that resumes has its weights already; set it back, or "
+                "use another --workdir"
+            )
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)

@@ -115,8 +115,10 @@ def _train(
         workdir, config.checkpoints_kept, config.checkpoints_kept_every
     )
     start, state, clock, origin, changed = _restore(program, checkpoints, loader, workdir)
-    if not quiet:
-        _print_resumption(config, start, changed) if start else _print_start(program, origin)
+    if start and not quiet:
+        _print_resumption(config, start, changed)
+    elif not quiet:
+        _print_start(program, origin)
     provenance = _provenance(config, loader, origin)
     last = min(config.num_steps, stop_after or config.num_steps)
     if processes.is_primary_process():

@@ -32,9 +32,10 @@ def test_changes_name_key_and_values():
     assert changes({"trainable": ((r".*", 1.0),)}, {"trainable": ((r"llm/.*", 0.5), (r".*", 0.0))})
 
 
-def test_keys_that_older_checkpoints_lack_are_left_out():
+def test_keys_of_other_versions_are_left_out():
     stored = json.loads(config_lib.load(RECIPE).to_json())
     del stored["ema_decay"], stored["telemetry"]
+    stored["kind"] = stored.pop("task")
     assert resumption.changes(stored, config_lib.load(RECIPE, {"ema_decay": 0.9})) == {}
 
 

@@ -10,11 +10,9 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.settings import flatten
 from vilam3_jax.training.run_config import RunConfig
 
-_ABSENT = object()
-
 
 def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
-    """Dotted key → "old → new" of the settings that differ; keys that older checkpoints lack are left out.
+    """Dotted key → "old → new" of the settings that differ; keys that only one of both has are left out.
 
     Args:
       stored: config in the checkpoint, as JSON.
@@ -22,9 +20,9 @@ def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     """
     before, now = flatten(stored), flatten(json.loads(config.to_json()))
     return {
-        key: f"{json.dumps(value)} → {_shown(now.get(key, _ABSENT))}"
-        for key, value in sorted(before.items())
-        if now.get(key, _ABSENT) != value
+        key: f"{json.dumps(before[key])} → {json.dumps(now[key])}"
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key]
     }
 
 
@@ -40,7 +38,3 @@ def check_init(changed: Mapping[str, str]) -> None:
                 f"config {key}: {change}, but a run that resumes has its weights already; set it back, or "
                 "use another --workdir"
             )
-
-
-def _shown(value: Any) -> str:
-    return "absent" if value is _ABSENT else json.dumps(value)

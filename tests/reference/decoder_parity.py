@@ -15,21 +15,13 @@ import transformers
 
 from tests.in_memory import fill
 from tests.reference import torch_weights
-from vilam3_jax.convert import config_checks, exporter, huggingface, importer, sources
+from vilam3_jax.convert import exporter, importer
 from vilam3_jax.models import families, param_paths
 from vilam3_jax.ops.losses import chunked_cross_entropy
 from vilam3_jax.runtime import compat
 from vilam3_jax.runtime.settings import Section
 
 VOCAB = 61
-
-
-def llm_config(values: dict[str, Any], where: Path) -> dict[str, Any]:
-    """Our `llm` section, as the importer translates the content of a config.json."""
-    family, recorded = huggingface._family(values, where), config_checks.RecordedKeys(values)
-    config = family.hugging_face.read_config(recorded, where, {})
-    config_checks.check_unread(recorded, where)
-    return sources.section_of(family.component, config, where).to_dict()
 
 
 @dataclasses.dataclass

@@ -10,8 +10,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tests.reference.decoder_parity import llm_config
-from vilam3_jax.convert.huggingface import llm_folder_config
+from vilam3_jax.convert.huggingface import llm_config, llm_folder_config
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import families
 from vilam3_jax.models.decoder import rope_frequencies

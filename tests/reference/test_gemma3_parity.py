@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.in_memory import fill
 from tests.reference import decoder_parity, torch_weights
-from vilam3_jax.convert import importer
+from vilam3_jax.convert import huggingface, importer
 from vilam3_jax.errors import UserError
 
 LENGTH, WINDOW = 13, 4
@@ -137,7 +137,7 @@ BASE = dict(
 def test_config_json_is_read_as_transformers_reads_it(tmp_path, keys):
     (tmp_path / "config.json").write_text(json.dumps({**BASE, **keys}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    ours = decoder_parity.llm_config({**BASE, **keys}, tmp_path / "config.json")
+    ours = huggingface.llm_config({**BASE, **keys}, tmp_path / "config.json")
     assert list(ours["layer_types"]) == theirs.layer_types
     full, local = theirs.rope_parameters[FULL], theirs.rope_parameters[SLIDING]
     assert (ours["rope_theta"], ours["local_rope_theta"]) == (full["rope_theta"], local["rope_theta"])
@@ -164,4 +164,4 @@ def test_config_json_is_read_as_transformers_reads_it(tmp_path, keys):
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
-        decoder_parity.llm_config({**BASE, **keys}, tmp_path / "config.json")
+        huggingface.llm_config({**BASE, **keys}, tmp_path / "config.json")

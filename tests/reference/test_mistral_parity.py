@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tests.reference import decoder_parity, torch_weights
+from vilam3_jax.convert import huggingface
 from vilam3_jax.errors import UserError
 
 LENGTH, WINDOW = 13, 4
@@ -99,7 +100,7 @@ BASE = dict(
 def test_config_json_is_read_as_transformers_reads_it(tmp_path, keys):
     (tmp_path / "config.json").write_text(json.dumps({**BASE, **keys}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    ours = decoder_parity.llm_config({**BASE, **keys}, tmp_path / "config.json")
+    ours = huggingface.llm_config({**BASE, **keys}, tmp_path / "config.json")
     assert ours["sliding_window"] == (theirs.sliding_window or 0)
     assert ours["rope_theta"] == theirs.rope_parameters["rope_theta"]
     assert ours["norm_eps"] == theirs.rms_norm_eps and ours["head_dim"] == theirs.head_dim
@@ -117,4 +118,4 @@ def test_config_json_is_read_as_transformers_reads_it(tmp_path, keys):
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
-        decoder_parity.llm_config({**BASE, **keys}, tmp_path / "config.json")
+        huggingface.llm_config({**BASE, **keys}, tmp_path / "config.json")

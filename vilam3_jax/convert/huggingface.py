@@ -92,6 +92,18 @@ def _family(values: Mapping[str, Any], where: Path) -> families.ModelFamily:
     return family
 
 
+def llm_config(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Translates the content of a language model's config.json, `where`, into an `llm` section.
+
+    Raises:
+      UserError: no family reads it, or a setting is not supported.
+    """
+    family, recorded = _family(values, where), RecordedKeys(values)
+    config = family.hugging_face.read_config(recorded, where, {})
+    check_unread(recorded, where)
+    return section_of(family.component, config, where).to_dict()
+
+
 def _check_embedding(
     config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], reader: Reader, where: Path
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -144,7 +156,7 @@ def open_siglip_pair(folder: Path) -> Checkpoint:
 
 
 def llm_folder_config(llm: Section, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
-    """The config.json of an `llm` section; `open_folder` reads it back.
+    """The config.json of an `llm` section; `llm_config` reads it back.
 
     Args:
       llm: section of a family.

@@ -197,9 +197,7 @@ def _images(root: Mapping[str, Any], tower: Mapping[str, Any], where: Path) -> d
     """
     stated = {key: value for key, value in root.items() if value is not None}
     refuse(
-        stated,
-        where,
-        {"mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",), "ps3": (False,)},
+        stated, where, {"mm_use_im_start_end": (False,), "mm_patch_merge_type": ("flat",), "ps3": (False,)}
     )
     mode = stated.get("image_aspect_ratio", "resize")
     size = tower["image_size"]

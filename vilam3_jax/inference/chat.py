@@ -303,8 +303,7 @@ def render_dialogue(reply: Reply) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vilam3 chat",
-        description="Ask a trained model about an image. " + NOT_CLINICAL,
+        prog="vilam3 chat", description="Ask a trained model about an image. " + NOT_CLINICAL
     )
     parser.add_argument("--checkpoint", required=True, help="export folder of a training run")
     parser.add_argument(

@@ -161,9 +161,6 @@ FAMILY = families.ModelFamily(
     module=Llama,
     parameter_rules=PARAMETER_RULES,
     hugging_face=families.HuggingFaceLayout(
-        model_types=tuple(_ARCHITECTURES),
-        read_config=read_config,
-        write_config=write_config,
-        tensors=tensors,
+        model_types=tuple(_ARCHITECTURES), read_config=read_config, write_config=write_config, tensors=tensors
     ),
 )

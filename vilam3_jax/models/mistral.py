@@ -72,10 +72,7 @@ FAMILY = families.ModelFamily(
     module=Mistral,
     parameter_rules=PARAMETER_RULES,
     hugging_face=families.HuggingFaceLayout(
-        model_types=("mistral",),
-        read_config=read_config,
-        write_config=write_config,
-        tensors=llama.tensors,
+        model_types=("mistral",), read_config=read_config, write_config=write_config, tensors=llama.tensors
     ),
     attention_windows=lambda llm: (llm.sliding_window or None,) * llm.num_layers,
 )

@@ -68,19 +68,13 @@ PHRASES: dict[str, tuple[str, ...]] = {
         "What does this brain image show? Options: {choices}.",
         "Which of these fits the brain image: {choices}?",
     ),
-    "tumor_kind": (
-        "Is a {name} tumor visible in this image?",
-        "Does this image show a {name} tumor?",
-    ),
+    "tumor_kind": ("Is a {name} tumor visible in this image?", "Does this image show a {name} tumor?"),
     "pneumonia": (
         "Does this film show pneumonia?",
         "Is there pneumonia on this film?",
         "Are there signs of pneumonia?",
     ),
-    "brain_visible": (
-        "Is the brain visible in this image?",
-        "Does this image show the brain?",
-    ),
+    "brain_visible": ("Is the brain visible in this image?", "Does this image show the brain?"),
     "brain_volume_range": (
         "What is the volume of the brain in this scan? Options: {choices}.",
         "How large is the brain in this scan? Options: {choices}.",

@@ -49,8 +49,7 @@ def write_report(workdir: paths.PathLike, out: paths.PathLike | None = None) -> 
 def main(argv: Sequence[str]) -> int:
     """Runs `vilam3 report`."""
     parser = argparse.ArgumentParser(
-        prog="vilam3 report",
-        description="Writes charts and tables of a run as one self-contained HTML file.",
+        prog="vilam3 report", description="Writes charts and tables of a run as one self-contained HTML file."
     )
     parser.add_argument("--workdir", required=True, help="folder of a quickstart run or of one training run")
     parser.add_argument("--out", help="the HTML file to write (default: WORKDIR/report.html)")

@@ -24,10 +24,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _ONE_SLASH = re.compile(r"(gs|s3|https?|hdfs|az|hf):/")  # pathlib.Path("gs://...") drops the other
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 # Object stores: the package that opens them, and how to install it.
-_STORES = {
-    "gs": ("gcsfs", "pip install 'vilam3-jax[gcs]'"),
-    "s3": ("s3fs", "pip install s3fs"),
-}
+_STORES = {"gs": ("gcsfs", "pip install 'vilam3-jax[gcs]'"), "s3": ("s3fs", "pip install s3fs")}
 _INSTEAD = {
     "http": "download it and give the local file",
     "https": "download it and give the local file",

@@ -12,11 +12,9 @@ from vilam3_jax.training.run_config import RunConfig
 
 
 def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
-    """Dotted key → "old → new" of the settings that differ; keys that only one of both has are left out.
+    """Dotted key → "old → new" of the settings that differ from `stored`, the config in the checkpoint.
 
-    Args:
-      stored: config in the checkpoint, as JSON.
-      config: config of this run.
+    Keys that only one of both has are left out.
     """
     before, now = flatten(stored), flatten(json.loads(config.to_json()))
     return {
@@ -27,11 +25,7 @@ def changes(stored: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
 
 
 def check_init(changed: Mapping[str, str]) -> None:
-    """Refuses another origin of the weights: a resumed run would ignore it.
-
-    Raises:
-      UserError: a key of `init` differs.
-    """
+    """Raises `UserError` if a key of `init` differs: a resumed run would ignore it."""
     for key, change in changed.items():
         if key.startswith("init."):
             raise UserError(

@@ -108,10 +108,9 @@ class _VilaM3(Wording):
     reports_measurements = False
 
     def call(self, cards: Sequence[Card], calls: Sequence[Call]) -> str:
-        what, first = {
-            "CXR": ("an chest x-ray", "first "),
-            "MRI": ("an MRI image sequence", "first "),
-        }.get(cards[0].modality.split(" (")[0].replace("chest x-ray", "CXR"), ("a CT image", ""))
+        what, first = {"CXR": ("an chest x-ray", "first "), "MRI": ("an MRI image sequence", "first ")}.get(
+            cards[0].modality.split(" (")[0].replace("chest x-ray", "CXR"), ("a CT image", "")
+        )
         return f"This looks like {what}. Let me {first}trigger {joined(calls)}."
 
     def inputs(self, roles: Sequence[str], modality: str = "") -> str:

@@ -122,7 +122,7 @@ def test_it_is_small_when_pickled_and_the_same_afterwards() -> None:
     order = Interleaving([5, 3, 2])
     expected = [order[position] for position in range(50)]
     data = pickle.dumps(order)
-    assert len(data) < 300 and [pickle.loads(data)[n] for n in range(50)] == expected  # noqa: S301
+    assert len(data) < 300 and [pickle.loads(data)[n] for n in range(50)] == expected  # noqa: S301 (our own)
 
 
 @pytest.mark.parametrize("rates", [[], [0], [1, -1]])

@@ -37,10 +37,10 @@ def test_sharded_equals_unsharded_for_ten_steps(kind, axes):
         config.model.llm.lora_rank, config.model.llm.lora_targets = 4, ("q", "v", "o", "up", "down")
     whole, split = Run(configs[0], one_device()), Run(configs[1])
     for path, leaf in split.state.trainable.items():
-        # The same random bits. XLA rounds their scaling and shift once or twice, depending on the program.
         expected = np.asarray(whole.state.trainable[path])
-        ulps = 2.0**-22 * np.abs(expected).max()
-        np.testing.assert_allclose(leaf, expected, rtol=0, atol=ulps, err_msg=path)
+        # Patch filters are resized by a matmul, which some CPUs sum in another order for a shard.
+        atol = 2.0**-22 * np.abs(expected).max() if path == "vision_tower/patch_embed/kernel" else 0
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=atol, err_msg=path)
         if leaf.size >= 2048:
             assert len({str(s.index) for s in leaf.addressable_shards}) > 1, f"{path} is not split"
     moments = [x for x in jax.tree.leaves(split.state.opt_state) if x.size >= 2048]

@@ -93,7 +93,7 @@ def caption(sample: Sample, record: Mapping[str, Any]) -> str:
     """The caption: `.txt`, else the field that img2dataset or LAION use.
 
     Raises:
-      SkipItem: there is none, it is not UTF-8 text, or the download of the image failed.
+      SkipItem: the caption is missing or not UTF-8, or the download of the image failed.
     """
     if record.get("status", "success") != "success":
         raise SkipItem("its image was not downloaded (status is not success)")

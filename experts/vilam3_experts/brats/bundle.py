@@ -112,7 +112,7 @@ def load_network(bundle: epath.Path, settings: Settings) -> tuple[SegResNet, str
     state, sha256 = bundles.read_state_dict(path, _MAX_WEIGHT_BYTES)
     try:
         network = SegResNet(**settings.network)
-    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+    except (TypeError, ValueError, KeyError, NotImplementedError) as error:  # MONAI, for bad settings
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{bundle}: its config does not build a SegResNet ({reason}); {_HINT}") from error
     bundles.check_tensors(state, network.state_dict(), path, _HINT)

@@ -193,5 +193,6 @@ def unpack(archive: Path, download: Download, folder: Path) -> None:
                     # zipfile reads at most the stated size, and checks the CRC at the end.
                     shutil.copyfileobj(source, sink, _CHUNK_BYTES)
                 partial.replace(target)
+    # zipfile: NotImplementedError for unknown compression, RuntimeError for encryption.
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise UserError(f"{archive}: not an archive of a bundle ({type(error).__name__}); {fix}") from error

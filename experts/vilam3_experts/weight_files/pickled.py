@@ -190,7 +190,7 @@ def check_container(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:  # unknown versions
         raise InvalidFileError("its archive is damaged") from error
     if len(members) > _MAX_MEMBERS:
         raise InvalidFileError(f"its archive has {len(members)} members")

@@ -53,7 +53,7 @@ class Card:
     task: str
     overview: str
     accuracy: str
-    stand_in: bool = False  # a public package substitutes the expert; the overview must say so
+    stand_in: bool = False  # replaced by a simpler public model, as the overview must say
     # Roles of the inputs, in order, such as ("t1c", "t1", "t2", "flair"); ("",) for a single input.
     roles: tuple[str, ...] = ("",)
     modalities: tuple[str, ...] = ()  # DICOM codes of the supported modalities; empty for any

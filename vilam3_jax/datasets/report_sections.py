@@ -1,9 +1,9 @@
 """The sections of a radiology report.
 
 The rules are those of the sectioner published with MIMIC-CXR: headers are in capitals at the start of a line,
-and the last section of a kind is used. There are four differences. An addendum above the report is ignored.
-So are empty sections. A header may end the report. The special rules for single studies, which list ids of the
-database, are left out.
+and the last section of a kind is used. There are four differences. An addendum above the report is ignored,
+and so are empty sections. A header may end the report. The special rules for single studies, which list ids
+of the database, are left out.
 """
 
 from __future__ import annotations

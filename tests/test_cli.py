@@ -99,3 +99,9 @@ def test_notes_on_inputs_are_one_line(monkeypatch):
     assert "a.py:1: UserWarning: other" in warnings.formatwarning(
         UserWarning("other"), UserWarning, "a.py", 1
     )
+
+
+def test_a_closed_pipe_ends_a_command_quietly():
+    command = f"{sys.executable} -m vilam3_jax.cli train --config=configs/stage1_vision.py:tiny --print"
+    done = subprocess.run(f"{command} | head -1", shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout == "name = 'stage1_vision'\n" and "Error" not in done.stderr

@@ -7,8 +7,9 @@ import pytest
 from absl import flags
 
 from vilam3_jax import config as config_lib
+from vilam3_jax import train
 from vilam3_jax.errors import UserError
-from vilam3_jax.runtime.settings import Section, from_mapping, setting
+from vilam3_jax.runtime.settings import Section, describe, flatten, from_mapping, setting
 from vilam3_jax.training.optimizer import OptimizerConfig
 from vilam3_jax.training.run_config import RunConfig
 
@@ -144,3 +145,21 @@ def test_replace_copies_and_validates(config):
 def test_a_config_survives_json(config):
     assert from_mapping(RunConfig, json.loads(config.to_json())) == config
     assert config_lib.resolve(config) is config
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, "configs/stage1_vision.py:vila_m3_8b", "configs/stage4_expert.py:vila_m3_40b"]
+)
+def test_every_key_is_described(recipe):
+    config = config_lib.load(recipe)
+    rows = {key: (value, text) for key, value, text in describe(config)}
+    assert {key.split(".")[0] for key in rows} == set(config.to_dict())
+    values = flatten(config.to_dict())
+    assert all(rows[key][0] == value for key, value in values.items() if key in rows)
+    assert [key for key in values if not any(key == k or key.startswith(f"{k}.") for k in rows)] == []
+    assert [key for key, (_, text) in rows.items() if not text] == []
+
+
+def test_train_prints_the_keys_and_does_not_train(capsys):
+    assert train.main([f"--config={RECIPE}", "--print", "--config.num_steps=7"]) == 0
+    assert "num_steps = 7\n    optimizer steps of the run.\n" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,12 +17,14 @@ COMMANDS = {
     "prepare": ("vilam3_jax.datasets.prepare", "turn a dataset you downloaded into training records"),
     "data": ("vilam3_jax.data.main", "scan folders, look at training records, strip identifiers"),
     "train": ("vilam3_jax.train", "run or resume a training stage"),
+    "export": ("vilam3_jax.training.export_checkpoint", "make an export of any checkpoint of a run"),
     "plan": ("vilam3_jax.plan.main", "compile a training step for TPUs: memory, speed, cost"),
     "convert": ("vilam3_jax.convert.main", "read Hugging Face and GGUF checkpoints"),
     "evaluate": ("vilam3_jax.evals.main", "measure a model on a protocol, and compare results"),
     "chat": ("vilam3_jax.inference.chat", "ask a model about an image"),
     "report": ("vilam3_jax.report.main", "put a run's plots and tables into one HTML file"),
 }
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -61,6 +64,9 @@ def guarded(program: str, command: Callable[[Sequence[str]], int], argv: Sequenc
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the output is piped into `head` or a closed pager
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -26,6 +26,7 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.inference import heldout
 from vilam3_jax.runtime import compat, paths, processes
 from vilam3_jax.runtime import workdir as workdir_lib
+from vilam3_jax.runtime.settings import describe
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import evaluation, initialization, resumption, telemetry, writers
 from vilam3_jax.training import program as program_lib
@@ -300,12 +301,19 @@ def main(argv: Sequence[str]) -> int:
         "stop_after", 0, "Save and stop after this step (0: to the end).", lower_bound=0, flag_values=values
     )
     flags.DEFINE_boolean("quiet", False, "No progress bar.", flag_values=values)
+    flags.DEFINE_boolean(
+        "print", False, "Print every key with its value and meaning, and stop.", flag_values=values
+    )
     processes.define_flags(values)
     purpose = "Trains any stage; run the same command again to resume."
     if text := config_lib.usage(argv, "train", "--workdir=DIR", purpose, values):
         print(text)
         return 0
     config = config_lib.parse(argv, values)
+    if values["print"].value:
+        for key, value, meaning in describe(config):
+            print(f"{key} = {value!r}\n    {meaning}")
+        return 0
     if not values["workdir"].value:
         raise UserError("--workdir=DIR is missing; the run's checkpoints and export go there")
     stop_after, quiet = cast(int, values["stop_after"].value), cast(bool, values["quiet"].value)

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 import vilam3_jax
+from vilam3_jax import cli, train
 from vilam3_jax import config as config_lib
-from vilam3_jax import train
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.datasets import phantoms, prepare, train_tokenizer
 from vilam3_jax.errors import UserError
@@ -89,8 +90,6 @@ def exported(workdir):
 
 def assert_same_run(one, two):
     assert losses(one) == losses(two)
-    import jax
-
     for a, b in zip(jax.tree.leaves(exported(one)), jax.tree.leaves(exported(two)), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -103,6 +102,36 @@ def uninterrupted(world):
     assert json.loads(result.stdout.strip().splitlines()[-1])["finished"]
     assert len(losses(workdir)) == STEPS
     return workdir
+
+
+def test_a_checkpoint_exports_what_the_run_exported(uninterrupted, tmp_path, capsys):
+    assert cli.main(["export", f"--workdir={uninterrupted}", f"--out={tmp_path / 'again'}"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "again")
+    again, config, tokenizer = exports.load_export(tmp_path / "again")
+    assert config == exports.load_model_config(uninterrupted / "export")
+    assert (tokenizer / "tokenizer.json").exists()
+    before = exported(uninterrupted)
+    assert jax.tree.structure(again) == jax.tree.structure(before)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(before), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert cli.main(["export", f"--workdir={uninterrupted}", "--step=3"]) == 2
+    assert f"has no step 3; it has {STEPS}" in capsys.readouterr().err
+    assert cli.main(["export", f"--workdir={tmp_path}"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_the_export_of_a_run_is_found(uninterrupted, tmp_path):
+    assert (
+        exports.locate(uninterrupted) == exports.locate(uninterrupted / "export") == uninterrupted / "export"
+    )
+    unfinished = tmp_path / "run"
+    (unfinished / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="vilam3 export --workdir"):
+        exports.locate(unfinished)
+    for step in (9, 10):
+        shutil.copytree(uninterrupted / "export", unfinished / f"export_step_{step}")
+    assert exports.locate(unfinished).name == "export_step_10"
 
 
 def test_stopped_and_resumed_equals_uninterrupted(world, uninterrupted):
@@ -135,6 +164,10 @@ def test_a_run_over_quantised_kernels_resumes_and_exports_a_model(world):
     kernel = exported(whole)["llm"]["layers"]["attn"]["q"]["kernel"]
     assert kernel.dtype == np.float32
     assert len(np.unique(kernel[0, :, 0])) <= 16  # 64 rows, a tile: so many values has the type
+    again = world / "qlora_again"
+    assert cli.main(["export", f"--workdir={whole}", f"--out={again}"]) == 0
+    for a, b in zip(*map(jax.tree.leaves, (exports.load_export(again)[0], exported(whole))), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow

@@ -321,6 +321,23 @@ class StoredModel(ModelConfig):
     kind: str = ""  # 'generative' or 'contrastive', or the component in the export
 
 
+def locate(path: paths.PathLike) -> epath.Path:
+    """The export in a folder: the folder itself, or the export of a training run or of a quickstart run.
+
+    Raises:
+      UserError: a run without an export.
+    """
+    folder = paths.as_path(path)
+    made = sorted(folder.glob("export_step_*"), key=lambda one: int("0" + one.name.rpartition("_")[2]))
+    quickstart = folder / "stages" / "stage4_expert" / "export"
+    for candidate in (folder, folder / "export", quickstart, *reversed(made)):
+        if (candidate / "model.json").exists():
+            return candidate
+    if (folder / "checkpoints").exists():
+        raise UserError(f"{folder}: has no export yet; `vilam3 export --workdir={folder}` makes one")
+    return folder
+
+
 def load_model_config(export: paths.PathLike) -> StoredModel:
     """Reads the model config of an export.
 

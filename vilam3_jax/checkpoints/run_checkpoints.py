@@ -245,6 +245,53 @@ class RunCheckpoints:
         self._manager.reload()
 
 
+def find(workdir: paths.PathLike, step: int | None = None) -> tuple[epath.Path, int]:
+    """Folder and step of an intact checkpoint of a run, the newest without `step`; changes nothing.
+
+    Raises:
+      UserError: there is no such checkpoint, or the chosen one is damaged.
+    """
+    root = paths.as_path(workdir) / "checkpoints"
+    folders = paths.children(root)
+    known = sorted(int(one.name) for one in folders if one.name.isdigit() and _complete(one))
+    if not known:
+        raise UserError(f"{root}: holds no checkpoint; give the --workdir of a training run")
+    if step is None:
+        step = known[-1]
+    if step not in known:
+        raise UserError(f"{root}: has no step {step}; it has {', '.join(map(str, known))}")
+    if problem := _damage(root / str(step)):
+        raise UserError(f"{root / str(step)}: is damaged ({problem}); use another step")
+    return root / str(step), step
+
+
+def read_run(folder: epath.Path) -> dict[str, Any]:
+    """The record `run` of a checkpoint.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    return json.loads(_read(folder, {"run": None})["run"]["json"])
+
+
+def read_state(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Loads the part of a checkpoint's state that `wanted` names, onto its shardings.
+
+    Raises:
+      UserError: it is damaged, or lacks a name.
+    """
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        return _read(folder, {"state": wanted})["state"]
+
+
+def _read(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return ocp.load_checkpointables(folder, dict(wanted))
+    except Exception as error:  # damaged files raise arbitrary errors in Orbax and TensorStore
+        raise UserError(f"{folder}: cannot be read ({first_line(error)}); use another step") from error
+
+
 def _complete(folder: epath.Path) -> bool:
     """Orbax renames a finished save; in gs://, where renaming is not atomic, it writes a marker."""
     return (folder / _MARKER).exists() if str(folder).startswith("gs://") else folder.exists()

@@ -417,7 +417,7 @@ def load_generator(
     """Opens an export of a generative model.
 
     Args:
-      checkpoint: export folder.
+      checkpoint: export folder, or a run with one.
       max_length: maximum positions of a dialogue.
       batch_size: maximum dialogues of a batch.
       text: changes of the export's text rules, see `TextRules.changed`.
@@ -425,6 +425,7 @@ def load_generator(
     Raises:
       UserError: no export of a generative model with a tokenizer, or an unknown text rule.
     """
+    checkpoint = exports.locate(checkpoint)
     config = exports.load_model_config(checkpoint)
     if config.get("kind") != "generative":
         raise UserError(
@@ -432,7 +433,7 @@ def load_generator(
             "give the export of a later stage"
         )
     template = model_template(config, text)
-    tokenizer = load_tokenizer(paths.as_path(checkpoint) / "tokenizer")
+    tokenizer = load_tokenizer(checkpoint / "tokenizer")
     params, config, _ = exports.load_export(checkpoint)
     generator = Generator(config, params, tokenizer, max_length=max_length, batch_size=batch_size)
     return generator, template

@@ -105,7 +105,7 @@ class Assistant:
         """Opens an export.
 
         Args:
-          path: the `export` folder of a training run, or what `vilam3 convert import` wrote.
+          path: a training run, its `export` folder, or what `vilam3 convert import` or `vilam3 export` wrote.
           annotations: annotation store, which is preferred to the expert host.
           expert_host: 'auto' (the installed `vilam3-experts`, started when first needed), 'off', or the
             command that starts one, for example in another virtual environment.
@@ -117,6 +117,7 @@ class Assistant:
         Raises:
           UserError: no export of a generative model, or an unknown text rule.
         """
+        path = exports.locate(path)
         self._generator, self._template = load_generator(path, max_length=max_length, batch_size=1, text=text)
         model = exports.load_model_config(path).to_dict()
         self._cards, self._style = card_list(model), Style.of(model)
@@ -305,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 chat", description="Ask a trained model about an image. " + NOT_CLINICAL
     )
-    parser.add_argument("--checkpoint", required=True, help="export folder of a training run")
+    parser.add_argument("--checkpoint", required=True, help="a training run or its export folder")
     parser.add_argument(
         "--image",
         required=True,

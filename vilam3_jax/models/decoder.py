@@ -54,9 +54,16 @@ PARAMETER_RULES = (
 class DecoderConfig(Section):
     """Fields of the sections of all LLM families.
 
-    Shapes call vocab_size V, hidden_size D, num_heads (of queries) H, num_kv_heads K and head_dim hd.
-
     Attributes:
+      type: name of the family.
+      vocab_size: V, rows of the embedding table.
+      hidden_size: width D.
+      num_layers: number of layers.
+      num_heads: H, query heads.
+      num_kv_heads: K, key and value heads; divides H.
+      head_dim: hd, width of a head.
+      mlp_dim: hidden width of the MLP.
+      norm_eps: added to the mean square in normalisation layers.
       max_positions: context length that the weights were trained for; written to exports only.
       tie_embeddings: whether the head is the transposed embedding table.
       lora_rank: rank of the adapters; 0 for none.

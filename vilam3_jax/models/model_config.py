@@ -21,16 +21,20 @@ class ModelConfig(Section):
     """The section `model`; `vision_tower` and `llm` are sections of their families.
 
     Attributes:
+      name: of the model, for reports.
       image_size: side of an image in pixels; 0 for that of the vision tower.
       image_aspect_ratio, s2_scales, max_tiles: see `data.image_layout`.
+      template: chat template, see `data.templates`.
       tokenizer: folder of the tokenizer.
       dtype: type of activations.
+      param_dtype: type of parameters.
       remat: see `layers.remat_layer`.
       text_tower: text tower of contrastive training.
       text: rules for text around images, see `data.text_rules`.
       preprocessing: see `data.preprocessing`; empty for the defaults.
       cards: name of the list of expert cards.
       card_list: the cards themselves, in exports.
+      expert_wording: sentences of expert turns: 'plain', or 'vila_m3' of the released checkpoints.
       expert_verdicts: whether checks of expert results are shown.
       expert_threshold: probability above which a class counts as found.
     """

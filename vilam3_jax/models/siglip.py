@@ -37,9 +37,14 @@ class TowerConfig(Section):
     """Fields of the sections of all vision towers.
 
     Attributes:
+      type: name of the family.
       image_size: S, side of an input in pixels.
       patch_size: side of a patch in pixels.
       hidden_size: width D.
+      num_layers: number of blocks.
+      num_heads: attention heads of a block.
+      mlp_dim: hidden width of a block's MLP.
+      norm_eps: added to the variance in normalisation layers.
       select_layer: the hidden state that is the feature map; 0 is the embedding, i the output of block i.
     """
 
@@ -77,17 +82,27 @@ class TowerConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig(TowerConfig):
-    """The section `model.vision_tower` of a SigLIP."""
+    """The section `model.vision_tower` of a SigLIP.
 
-    head: bool = True  # the attention-pooling head of contrastive training
+    Attributes:
+      head: whether there is the attention-pooling head of contrastive training.
+    """
+
+    head: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class SiglipTextConfig(Section):
-    """The section `model.text_tower`: sizes as in `TowerConfig`.
+    """The section `model.text_tower`.
 
     Attributes:
+      vocab_size: number of token embeddings.
       max_length: largest number of tokens of a text.
+      hidden_size: width D.
+      num_layers: number of blocks.
+      num_heads: attention heads of a block.
+      mlp_dim: hidden width of a block's MLP.
+      norm_eps: added to the variance in normalisation layers.
       logit_bias: initial bias of the contrastive logits.
     """
 

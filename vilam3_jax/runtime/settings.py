@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from vilam3_jax.errors import UserError
@@ -165,6 +166,33 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return value
+
+
+def describe(section: Section) -> Iterator[tuple[str, Any, str]]:
+    """Yields (dotted key, value, help) of all settings; the help is the attribute's line in the docstring."""
+    texts = _attribute_texts(type(section))
+    for field in dataclasses.fields(section):  # pyright: ignore[reportArgumentType]
+        value = getattr(section, field.name)
+        if isinstance(value, Section):
+            yield from describe(value)
+        else:
+            yield section.key_of(field.name), value, texts.get(field.name, "")
+
+
+def _attribute_texts(section: type) -> dict[str, str]:
+    """Attribute → its text in the `Attributes:` of the docstrings of a class and its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(section.__mro__):
+        _, _, listed = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        entry = ""
+        for line in [*listed.splitlines(), ""]:
+            if not line.startswith("    ") or not line:  # a new entry, or the end
+                names, _, text = entry.partition(": ")
+                texts |= {name.strip(): text for name in names.split(",")}
+                entry = line.strip()
+            else:
+                entry += f" {line.strip()}"
+    return texts
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

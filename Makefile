@@ -3,29 +3,42 @@
 PYTHON ?= $(shell for name in python3.11 python3.12; do $$name -c '' 2>/dev/null && command -v $$name && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN ?= runs/quickstart
+RUN ?= runs/quickstart$(if $(SEED),-seed$(SEED))
 SAMPLES ?= .cache/samples
-QUICKSTART_FLAGS := $(if $(FULL),--size=full) $(if $(FRESH),--fresh)
+QUICKSTART_FLAGS := $(if $(FULL),--size=full) $(if $(FRESH),--fresh) $(if $(SEED),--seed=$(SEED))
+MANIFESTS := setup.cfg pyproject.toml experts/setup.cfg experts/pyproject.toml constraints/py311.txt constraints/py312.txt
 
-.PHONY: help install quickstart smoke test test-all lint format types clean
+.PHONY: help install install-dev quickstart smoke test test-all lint format types clean
 
 help:
 	@echo "make quickstart   everything on this machine: install, experts, all stages, evaluation, a report"
-	@echo "                  FULL=1 the long run (90 minutes on 2 cores), FRESH=1 start over"
+	@echo "                  FULL=1 the long run (90 minutes on 2 cores), FRESH=1 start over, SEED=1 other training seeds"
 	@echo "make test         install and the fast tests"
 	@echo "make test-all     adds the slow, multi-process and ahead-of-time tests"
 	@echo "make smoke        the quickstart on generated phantoms, two minutes, no downloads"
+	@echo "make install      the user's packages; make install-dev adds those of the tests and of vilam3 plan"
 	@echo "make lint types   ruff and pyright; make format rewrites"
 
 install: $(VENV)/.installed
 
-# Both distributions with the versions of the design; torch is pinned, or pip would choose a CUDA build.
-$(VENV)/.installed: setup.cfg pyproject.toml experts/setup.cfg experts/pyproject.toml constraints/py311.txt constraints/py312.txt
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.11"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt \
-		-e '.[dev]' -e './experts[dev]'
+	$(PYTHON) -m venv $(VENV)
+
+# Both distributions with the versions of the design; torch is pinned, or pip would choose a CUDA build.
+PIP_INSTALL = $(BIN)/python -m pip install -q -c constraints/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+
+# For users. libtpu is not among the packages: without a TPU, JAX would report errors.
+$(VENV)/.installed: $(MANIFESTS) | $(BIN)/python
+	$(PIP_INSTALL) -e . -e ./experts
 	@touch $@
+
+# For the tests and `vilam3 plan`.
+$(VENV)/.installed-dev: $(MANIFESTS) | $(BIN)/python
+	$(PIP_INSTALL) -e '.[dev]' -e './experts[dev]'
+	@touch $@ $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/python -m vilam3_jax.quickstart --out $(RUN) --samples $(SAMPLES) $(QUICKSTART_FLAGS)
@@ -33,21 +46,21 @@ quickstart: install
 smoke: install
 	$(BIN)/python -m vilam3_jax.quickstart --out runs/smoke --samples .cache/phantoms --size=smoke --fresh
 
-test: install
+test: install-dev
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
-test-all: install
+test-all: install-dev
 	$(BIN)/python -m pytest -n 2
 
-lint: install
+lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install
+format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: install
+types: install-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:

@@ -26,8 +26,7 @@ def results(tmp_path_factory, export, world):
     root = tmp_path_factory.mktemp("eval")
     common = ["--protocol=quickstart@1", f"--data={world.data}", "--batch_size=4", "--max_length=1536"]
     given = [f"--checkpoint={export}", f"--annotations={world.annotations}"]
-    for arm in ("stage4_no_experts", "stage4_blank"):
-        assert run(*common, *given, f"--arm={arm}", f"--out={root / arm}") == 0
+    assert run(*common, *given, "--arm=stage4_no_experts,stage4_blank", f"--out={root}") == 0
     assert run(*common, "--arm=majority", f"--out={root / 'majority'}") == 0
     return root
 
@@ -65,6 +64,15 @@ def test_blank_images_reach_the_model(results):
     assert len({blank[item] for item in blank if item.endswith("/q1")}) == 1
 
 
+def test_an_arm_alone_has_the_rows_of_an_arm_among_several(results, export, world, tmp_path, capsys):
+    arguments = ["--protocol=quickstart@1", f"--data={world.data}", f"--checkpoint={export}"]
+    arguments += ["--batch_size=4", "--max_length=1536", f"--out={tmp_path}"]
+    assert run(*arguments, "--arm=stage4_blank") == 0
+    assert rows_of(tmp_path) == rows_of(results / "stage4_blank")
+    assert run(*arguments, "--arm=stage4_blank,majority,stage4_blank") == 2
+    assert "stage4_blank is given twice" in capsys.readouterr().err
+
+
 def test_the_majority_arm_needs_no_checkpoint(results):
     rows = rows_of(results / "majority")
     right = {row["question_type"]: row["output"] for row in rows if row["correct"]}
@@ -96,6 +104,33 @@ def test_compare(results, tmp_path, capsys):
     assert run("compare", folders[0], folders[0]) == 0
     assert run("compare", folders[0]) == 2
     assert "two results" in capsys.readouterr().err
+
+
+def test_repeats_pool_the_questions_that_an_expert_can_answer(tmp_path, capsys):
+    def write(run_name, arm, right, protocol="p"):
+        folder = tmp_path / run_name / arm
+        folder.mkdir(parents=True, exist_ok=True)
+        common = {"oracle": False, "unparsed": False, "question_type": "t", "label_source": "s", "arm": arm}
+        rows = [
+            {**common, "item": f"i{n}", "cluster": f"patient{n % 12}", "correct": right(n), "expert": expert}
+            for n, expert in enumerate(["X"] * 24 + [None] * 24)
+        ]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "result.json").write_text(json.dumps({"protocol_hash": protocol, "items_hash": "i"}))
+
+    for run_name, share in (("one", 4), ("two", 2)):
+        write(run_name, "stage4_experts", lambda n: True)
+        write(run_name, "stage4_no_experts", lambda n, share=share: n % share > 0)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    assert run("repeats", *folders, f"--out={tmp_path / 'pooled.json'}") == 0
+    (table,) = json.loads((tmp_path / "pooled.json").read_text())
+    assert [(row[2], row[4], row[5]) for row in table["rows"]] == [
+        ("+0.250", "24", "12"), ("+0.500", "24", "12"), ("+0.375", "48", "12"),
+    ]  # fmt: skip
+    assert [row[0] for row in table["rows"]] == [*map(str, folders), "pooled"]
+    write("two", "stage4_experts", lambda n: True, protocol="q")
+    assert run("repeats", *folders) == 2
+    assert f"two: has other questions than {folders[0]}" in capsys.readouterr().err
 
 
 def test_compare_refuses_another_protocol(results, tmp_path, capsys):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import itertools
 import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from vilam3_jax.checkpoints import exports, run_checkpoints
@@ -26,22 +26,18 @@ from vilam3_jax.data.text_rules import TEXT_HELP, TextRules
 from vilam3_jax.data.tfds_folder import datasets_in, read_info
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
+from vilam3_jax.evals import comparison, retrieval, statistics, tables
 from vilam3_jax.evals import conditions as arm_lib
 from vilam3_jax.evals import protocol as protocols
-from vilam3_jax.evals import retrieval, statistics, tables
+from vilam3_jax.evals.comparison import RESULT_FILE, ROWS_FILE, TABLES_FILE, write_json
 from vilam3_jax.inference.agent import Agent, AnnotationProvider, load_generator
 from vilam3_jax.runtime import paths
-
-ROWS_FILE = "rows.jsonl"
-RESULT_FILE = "result.json"
-TABLES_FILE = "tables.md"
-_MAX_BYTES = 1 << 30
 
 
 def main(argv: Sequence[str]) -> int:
     """Entry of `vilam3 evaluate`."""
-    if argv and argv[0] == "compare":
-        return _compare(argv[1:])
+    if argv and argv[0] in comparison.COMMANDS:
+        return comparison.COMMANDS[argv[0]](argv[1:])
     options = _parser().parse_args(argv)
     protocol = protocols.get(options.protocol)
     if isinstance(protocol, retrieval.RetrievalProtocol):
@@ -56,17 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     known = ", ".join(protocols.names())
     parser = argparse.ArgumentParser(
         prog="vilam3 evaluate",
-        description="Measure an export on a protocol. `vilam3 evaluate compare A B ...` compares results.",
+        description="Measure an export on a protocol. `vilam3 evaluate compare A B ...` compares results, "
+        "`vilam3 evaluate repeats --arms=A,B DIR ...` pools a difference over repeated runs.",
     )
     add = parser.add_argument
-    add("--checkpoint", help="export folder of a training run; not for --arm=majority")
+    add("--checkpoint", help="a training run or its export folder; not for --arm=majority")
     add("--protocol", required=True, help=f"what is asked and how it is scored: {known}")
     add("--data", required=True, help="folder that `vilam3 prepare` wrote")
-    add("--out", required=True, help=f"folder for {ROWS_FILE}, {RESULT_FILE}; retrieval: a JSON file")
+    add(
+        "--out",
+        required=True,
+        help=f"folder for {ROWS_FILE}, {RESULT_FILE} (per arm); retrieval: a JSON file",
+    )
     add("--annotations", help="annotation store; needed unless experts are off")
     add("--experts", choices=("on", "off", "falsified"), help="default: the arm's, or off")
     add("--images", choices=("true", "blank"), help="default: the arm's, or true")
-    add("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own")
+    add("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own; several with commas")
     add("--limit", type=int, help="maximum questions of each type, spread over patients")
     add("--cards", help="card list shown to the model (default: the one it was trained with)")
     add("--text", help=TEXT_HELP)
@@ -94,6 +95,7 @@ def _model_config(options: argparse.Namespace, kind: str) -> Any:
     """The model config of the export, which must be of this kind."""
     if not options.checkpoint:
         raise UserError("--checkpoint is missing; give the export folder of a training run")
+    options.checkpoint = str(exports.locate(options.checkpoint))
     config = exports.load_model_config(options.checkpoint)
     if config.get("kind") != kind:
         raise UserError(
@@ -104,12 +106,15 @@ def _model_config(options: argparse.Namespace, kind: str) -> Any:
 
 
 def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None:
-    arm = arm_lib.arm_of(options.arm, options.experts, options.images)
+    names = options.arm.split(",") if options.arm else [None]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"--arm: {', '.join(map(str, sorted(repeated)))} is given twice")
+    arms = [arm_lib.arm_of(name, options.experts, options.images) for name in names]
     if options.batch_size < 1:
         raise UserError(f"--batch_size={options.batch_size}: must be at least 1")
-    if arm.experts != "off" and not options.annotations:
+    if not options.annotations and (needing := [arm for arm in arms if arm.experts != "off"]):
         raise UserError(
-            f"--experts={arm.experts} needs --annotations=DIR, which `vilam3-experts annotate` writes"
+            f"--experts={needing[0].experts} needs --annotations=DIR, which `vilam3-experts annotate` writes"
         )
     out = paths.as_path(options.out)
     if out.exists() and not out.is_dir():
@@ -117,68 +122,84 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
     examples, roots = read_split(options.data, protocol.split)
     everything = protocols.items_of(examples, protocol)
     items = protocols.limit_items(everything, options.limit)
-    started = time.monotonic()
-    if arm.name == arm_lib.MAJORITY:
-        rows = arm_lib.majority_rows(protocol, items, read_split(options.data, "train")[0])
-        rules = None
-    else:
-        rules = TextRules.of(_model_config(options, "generative").get("text")).changed(options.text or "")
-        agent, reader = _agent(options, arm)
+    model = None if all(arm.name == arm_lib.MAJORITY for arm in arms) else _Model(options)
 
-        def load_image(item: protocols.Item) -> np.ndarray:
-            return reader.read(item.image, roots[item.id.rsplit("/q", 1)[0]])
+    def load_image(item: protocols.Item) -> np.ndarray:
+        assert model is not None
+        return model.reader.read(item.image, roots[item.id.rsplit("/q", 1)[0]])
 
-        answered = arm_lib.answer_items(agent, protocol, arm, items, load_image, falsify_seed=options.seed)
-        rows = list(tqdm(answered, total=len(items), desc=f"evaluating {arm.name}", unit="question"))
-    summaries = statistics.summarise(rows, seed=options.seed)
-    result = {
-        "arm": {"name": arm.name, "experts": arm.experts, "images": arm.images},
-        "protocol": dataclasses.asdict(protocol),
-        "protocol_hash": protocol.hash,
-        "items_hash": arm_lib.item_set_hash(items),
-        "items": len(items),
-        "items_without_limit": len(everything),
-        "limit": options.limit,
-        "seed": options.seed,
-        "checkpoint": None if arm.name == arm_lib.MAJORITY else str(options.checkpoint),
-        "text": rules and dataclasses.asdict(rules),
-        "data": str(options.data),
-        "annotations": options.annotations,
-        "seconds": time.monotonic() - started,
-        **_finished(),
-        "summaries": [dataclasses.asdict(summary) for summary in summaries],
-    }
+    for arm in arms:
+        started = time.monotonic()
+        if model is None or arm.name == arm_lib.MAJORITY:
+            rows = arm_lib.majority_rows(protocol, items, read_split(options.data, "train")[0])
+        else:
+            answered = arm_lib.answer_items(
+                model.agent(arm), protocol, arm, items, load_image, falsify_seed=options.seed
+            )
+            rows = list(tqdm(answered, total=len(items), desc=f"evaluating {arm.name}", unit="question"))
+        result = {
+            "arm": {"name": arm.name, "experts": arm.experts, "images": arm.images},
+            "protocol": dataclasses.asdict(protocol),
+            "protocol_hash": protocol.hash,
+            "items_hash": arm_lib.item_set_hash(items),
+            "items": len(items),
+            "items_without_limit": len(everything),
+            "limit": options.limit,
+            "seed": options.seed,
+            "checkpoint": None if arm.name == arm_lib.MAJORITY else str(options.checkpoint),
+            "text": None if arm.name == arm_lib.MAJORITY else model and dataclasses.asdict(model.rules),
+            "data": str(options.data),
+            "annotations": options.annotations,
+            "seconds": time.monotonic() - started,
+            **_finished(),
+        }
+        folder = out if len(arms) == 1 else out / arm.name
+        shown = _write_result(folder, result, rows, options.seed)
+        for table in shown:
+            print(table.to_text())
+        print(f"{protocol.name} ({protocol.hash[:12]}), arm {arm.name}, {len(rows)} questions: {folder}")
+
+
+def _write_result(
+    folder: epath.Path, result: dict[str, Any], rows: list[dict[str, Any]], seed: int
+) -> list[tables.Table]:
+    """Writes the files of one arm; returns its tables."""
+    summaries = statistics.summarise(rows, seed=seed)
     shown = tables.accuracy_tables(summaries)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    paths.write_text_atomic(out / ROWS_FILE, "".join(lines))
-    paths.write_text_atomic(out / TABLES_FILE, "\n".join(table.to_markdown() for table in shown))
-    _write_json(out / RESULT_FILE, result)  # last, as it marks the others as complete
-    for table in shown:
-        print(table.to_text())
-    print(f"protocol {protocol.name} ({protocol.hash[:12]}), arm {arm.name}, {len(rows)} questions: {out}")
+    paths.write_text_atomic(folder / ROWS_FILE, "".join(lines))
+    paths.write_text_atomic(folder / TABLES_FILE, "\n".join(table.to_markdown() for table in shown))
+    result |= {"summaries": [dataclasses.asdict(summary) for summary in summaries]}
+    write_json(folder / RESULT_FILE, result)  # last, as it marks the others as complete
+    return shown
 
 
-def _agent(options: argparse.Namespace, arm: arm_lib.Arm) -> tuple[Agent, ImageReader]:
-    config = _model_config(options, "generative")
-    provider, cards = None, ()
-    if arm.experts != "off":
-        store = AnnotationStore(options.annotations)
-        seed = options.seed if arm.experts == "falsified" else None
-        provider = AnnotationProvider(store, falsify_seed=seed)
-        cards = load_cards(options.cards) if options.cards else card_list(config)
-    sizes = dict(max_length=options.max_length, batch_size=options.batch_size)
-    generator, template = load_generator(options.checkpoint, text=options.text or "", **sizes)
-    agent = Agent(generator, template, cards=cards, provider=provider, style=Style.of(config))
-    return agent, ImageReader(agent.processor.kept_size, agent.processor.preprocessing)
+class _Model:
+    """The export of a command line, loaded once for all arms."""
+
+    def __init__(self, options: argparse.Namespace):
+        self._options, self._config = options, _model_config(options, "generative")
+        self.rules = TextRules.of(self._config.get("text")).changed(options.text or "")
+        sizes = dict(max_length=options.max_length, batch_size=options.batch_size)
+        self._generator, self._template = load_generator(options.checkpoint, text=options.text or "", **sizes)
+        processor = self._generator.processor
+        self.reader = ImageReader(processor.kept_size, processor.preprocessing)
+
+    def agent(self, arm: arm_lib.Arm) -> Agent:
+        """The model with the experts of an arm."""
+        provider, cards = None, ()
+        if arm.experts != "off":
+            store = AnnotationStore(self._options.annotations)
+            seed = self._options.seed if arm.experts == "falsified" else None
+            provider = AnnotationProvider(store, falsify_seed=seed)
+            cards = load_cards(self._options.cards) if self._options.cards else card_list(self._config)
+        style = Style.of(self._config)
+        return Agent(self._generator, self._template, cards=cards, provider=provider, style=style)
 
 
 def _finished() -> dict[str, Any]:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"finished": now, "versions": run_checkpoints.versions()}
-
-
-def _write_json(path: paths.PathLike, record: Any) -> None:
-    paths.write_text_atomic(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol) -> None:
@@ -211,78 +232,9 @@ def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol
         "seed": options.seed,
         **_finished(),
     }
-    _write_json(out, result)
+    write_json(out, result)
     print(
         f"zero-shot modality retrieval: {result['accuracy']:.3f} of {result['n']} images from "
         f"{result['clusters']} patients (chance {result['chance']:.3f}, most frequent class "
         f"{result['majority']:.3f}): {out}"
     )
-
-
-def _compare(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="vilam3 evaluate compare", description="One table of several results, and paired differences."
-    )
-    parser.add_argument("results", nargs="+", help="folders written by `vilam3 evaluate --out`, two or more")
-    parser.add_argument("--out", help="also write the tables: FILE.md, or FILE.json")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    options = parser.parse_args(argv)
-    if len(options.results) < 2:
-        raise UserError("compare needs two results or more")
-    shown = compare([_read_result(folder) for folder in options.results], seed=options.seed)
-    for table in shown:
-        print(table.to_text())
-    if str(options.out).endswith(".json"):
-        _write_json(options.out, [dataclasses.asdict(table) for table in shown])
-    elif options.out:
-        paths.write_text_atomic(options.out, "\n".join(table.to_markdown() for table in shown))
-    return 0
-
-
-def _read_result(folder: paths.PathLike) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """(name of the folder, `result.json`, rows)."""
-    root = paths.as_path(folder)
-    if not (root / RESULT_FILE).exists():
-        raise UserError(f"{folder}: no {RESULT_FILE}; give a folder that `vilam3 evaluate --out` wrote")
-    try:
-        result = json.loads(paths.read_bytes(root / RESULT_FILE, _MAX_BYTES))
-        lines = paths.read_bytes(root / ROWS_FILE, _MAX_BYTES).decode().splitlines()
-        rows = [json.loads(line) for line in lines]
-        if not rows or not isinstance(result["protocol_hash"], str):
-            raise ValueError("no rows")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: damaged result ({error!r}); evaluate again") from error
-    return root.name, result, rows
-
-
-def compare(
-    results: Sequence[tuple[str, dict[str, Any], list[dict[str, Any]]]], *, seed: int = 0
-) -> list[tables.Table]:
-    """The main table, the oracle table, and differences between the later results and the first.
-
-    Args:
-      results: (name, result, rows) of each; names replace the arms if two results have the same arm.
-      seed: seed of the bootstrap.
-
-    Raises:
-      UserError: different protocols, or no common question.
-    """
-    hashes = [result["protocol_hash"] for _, result, _ in results]
-    for (name, _, _), own in zip(results, hashes, strict=True):
-        if own != hashes[0]:
-            raise UserError(
-                f"{name}: protocol {own[:12]} is not that of {results[0][0]}, {hashes[0][:12]}; figures of "
-                "different protocols cannot be compared"
-            )
-    names = [str(rows[0]["arm"]) for _, _, rows in results]
-    if len(set(names)) < len(names):
-        names = [name for name, _, _ in results]
-    renamed = [
-        [{**row, "arm": arm} for row in rows] for arm, (_, _, rows) in zip(names, results, strict=True)
-    ]
-    summaries = statistics.summarise(itertools.chain(*renamed), seed=seed)
-    base, *others = renamed
-    differences = statistics.paired_differences([(own, base) for own in others], seed=seed)
-    if not differences:
-        raise UserError("the results have no question in common; use the same --data and --limit")
-    return [*tables.accuracy_tables(summaries), tables.difference_table(differences)]

@@ -22,7 +22,7 @@ from vilam3_jax.report.runs import ARMS, STAGES
 
 ORGANS = {1: "liver", 3: "spleen", 6: "aorta", 11: "bladder"}
 EXPERTS = {"stage4_experts": "on", "stage4_falsified": "falsified"}
-SHARE = dict(zip(ARMS, (0.45, 0.55, 0.85, 0.3, 0.5, 0.4), strict=True))
+SHARE = dict(zip(ARMS, (0.85, 0.55, 0.3, 0.4, 0.45, 0.5), strict=True))
 
 
 def phantom(seed, side=40):

@@ -101,7 +101,7 @@ def test_links_inside_the_page_have_their_target(page):
         "stand-ins built from public packages",
         tables.MAIN_TITLE,
         tables.ORACLE_TITLE,
-        "the final model answers 90 % correctly with experts, 63 % without",
+        "The model uses its experts: on 12 held-out questions of 12 patients that an expert can",
         "too few volumes for an interval",
         "Stage 2b, pre-train",
         "tokens per second",
@@ -133,7 +133,7 @@ def test_holds(page, words):
 
 
 def test_a_dozen_dialogues_right_and_wrong_with_images(page):
-    assert page.cards == 12
+    assert page.cards == 12 + 2  # and the two of the finding
     assert "✓ correct" in page.texts and "✗ wrong" in page.texts
     assert len(page.images) > 15
     for uri in page.images:
@@ -153,14 +153,15 @@ def test_calls_are_counted_where_experts_were_offered(page, made):
 def test_five_charts_of_loss_and_of_speed_and_two_of_arms(written):
     text = (written / "report.html").read_text()
     assert text.count('aria-label="Loss of ') == text.count('aria-label="Throughput of ') == 5
-    assert text.count("questions: accuracy by arm") == 2
+    assert text.count("questions, all types: accuracy by arm") == 2
+    assert text.count("Questions that an expert can answer: accuracy by arm") == 1
     assert text.count("<title>held-out, swapped images, step") == 25
     assert text.count("<title>held-out, true images, step") == 25
     assert not re.search(r"\bnan\b", re.sub(r'"data:[^"]*"', "", text), re.IGNORECASE)
 
 
 def test_summary_is_written_beside_the_page(written):
-    assert json.loads((written / "summary.json").read_text())["schema_version"] == 1
+    assert json.loads((written / "summary.json").read_text())["schema_version"] == 2
     assert not [path.name for path in written.iterdir() if path.name.startswith(".")]
 
 
@@ -239,7 +240,7 @@ def test_damaged_files_are_named(run):
 def test_arms_that_were_asked_different_things_are_not_compared(run, key):
     path = run / "eval" / "stage4_blank" / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: "another"}))
-    with pytest.raises(UserError, match=r"stage4_blank/result\.json: .* than in stage3"):
+    with pytest.raises(UserError, match=r"stage4_blank/result\.json: .* than in stage4_experts"):
         main.write_report(run)
 
 
@@ -266,6 +267,7 @@ def test_one_training_run_while_it_trains_and_after(made, tmp_path):
     out = tmp_path / "elsewhere.html"
     main.main([f"--workdir={folder}", f"--out={out}"])
     before = Page(out.read_text())
+    assert "stand-ins" not in before.text  # the banner of the quickstart
     assert "Step 60 of 60" in before.text and "Loss, first" not in before.text
     assert before.tags.count("svg") == 2 + 3  # two charts and the keys of the legend
     assert not (folder / "report.html").exists() and not (folder / "summary.json").exists()

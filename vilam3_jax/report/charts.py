@@ -103,12 +103,12 @@ def metric_panels(stage: runs.Stage) -> list[Panel]:
     return panels
 
 
-def arms_panel(totals: Mapping[str, Mapping[str, Any]], *, oracle: bool) -> Panel:
+def arms_panel(totals: Mapping[str, Mapping[str, Any]], name: str) -> Panel:
     """Accuracy of every arm over all question types.
 
     Args:
-      totals: arm -> its entry of `evaluation` in the summary, at least one.
-      oracle: which group of questions.
+      totals: arm -> its summary, at least one.
+      name: of the questions.
     """
     dots = [
         plots.Dot(
@@ -120,9 +120,8 @@ def arms_panel(totals: Mapping[str, Mapping[str, Any]], *, oracle: bool) -> Pane
         )
         for arm, one in totals.items()
     ]
-    name = "Oracle questions" if oracle else "Main questions"
     chart = plots.dot_chart(dots, title=f"{name}: accuracy by arm", x_label="accuracy, percent")
-    return Panel(f"{name}, all types ({next(iter(totals.values()))['n']})", chart)
+    return Panel(f"{name} ({next(iter(totals.values()))['n']})", chart)
 
 
 def _series(rows: Rows, key: str, name: str, style: str, scale: float = 1.0) -> Series:

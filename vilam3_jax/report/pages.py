@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from vilam3_jax.evals import tables
-from vilam3_jax.report import charts, dialogues, formatting, plots, runs
+from vilam3_jax.report import charts, dialogues, finding, formatting, plots, runs
 from vilam3_jax.report.samples import Samples
 
 Entry = Mapping[str, Any]
@@ -35,11 +35,16 @@ _ENVIRONMENT.globals |= {"key_mark": plots.key_mark, "highlighted": formatting.H
 
 def quickstart_page(run: runs.Run, document: Mapping[str, Any], samples: Samples) -> str:
     """The page of a quickstart run, with the document of its summary."""
+    answerable = {one["arm"]: one for one in document["answerable"]}
+    shown = {arm: answerable[arm] for arm in finding.ARMS if arm in answerable}
     return _render(
         "quickstart.html",
         size=_SIZES.get(document.get("size", ""), "run"),
         model=model_text(run.stages[-1].config.get("model", {})),
         document=document,
+        finding=finding.sentence(document),
+        finding_panel=charts.arms_panel(shown, "Questions that an expert can answer") if shown else None,
+        contrasts=[(one, samples.images(one.row)) for one in finding.contrasts(run.arms)],
         retrieval=run.retrieval,
         loss=[charts.loss_panel(stage) for stage in run.stages],
         throughput_panels=[charts.throughput_panel(stage) for stage in run.stages],
@@ -118,10 +123,11 @@ def arms_table(evaluation: Sequence[Entry], *, oracle: bool) -> dict[str, Any]:
         for (kind, source), cells in sorted(groups.items(), key=lambda item: (item[0][0] != "all", item[0]))
     ]
     totals = {one["arm"]: one for one in entries if one["question_type"] == "all"}
+    name = "Oracle questions" if oracle else "Main questions"
     return {
         "arms": list(dict.fromkeys(one["arm"] for one in entries)),
         "totals": totals,
-        "panel": charts.arms_panel(totals, oracle=oracle) if totals else None,
+        "panel": charts.arms_panel(totals, f"{name}, all types") if totals else None,
         "rows": rows,
     }
 

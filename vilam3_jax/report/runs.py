@@ -12,7 +12,8 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
-ARMS = ("stage3", "stage4_no_experts", "stage4_experts", "stage4_falsified", "stage4_blank", "majority")
+# In the order of tables; the first columns are visible on a phone.
+ARMS = ("stage4_experts", "stage4_no_experts", "stage4_falsified", "majority", "stage3", "stage4_blank")
 ROW_KEYS = ("item", "cluster", "correct", "unparsed", "question_type", "label_source", "oracle")
 _MAX_BYTES = 1 << 30
 

@@ -23,7 +23,7 @@ from vilam3_jax.runtime import paths
 
 SUMMARY_FILE = "summary.json"
 SCHEMA_FILE = "summary.schema.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DRIVER_FILE = "quickstart.json"
 _PAIRS = (
     ("stage4_experts", "stage4_no_experts"),
@@ -103,12 +103,18 @@ def summary_of(run: runs.Run) -> dict[str, Any]:
     stages = {s.name: {k: s.result[k] for k in stage_keys if k in s.result} for s in run.stages}
     rows = {arm.name: arm.rows for arm in run.arms}
     accuracies = statistics.summarise(itertools.chain(*rows.values()))
+    answerable = statistics.summarise(
+        row for own in rows.values() for row in own if row.get("expert") and not row["oracle"]
+    )
     pairs = [(rows[first], rows[second]) for first, second in _PAIRS]
     document = {
         "schema_version": SCHEMA_VERSION,
         "stages": stages,
         "retrieval": {k: run.retrieval[k] for k in retrieval_keys if k in run.retrieval},
         "evaluation": [dataclasses.asdict(one) for one in accuracies],
+        "answerable": [
+            dataclasses.asdict(one) for one in answerable if one.question_type == statistics.ALL_TYPES
+        ],
         "comparisons": [
             {"group": group, **dataclasses.asdict(difference)}
             for group, difference in statistics.paired_differences(pairs)

@@ -19,7 +19,7 @@ from etils import epath
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.checkpoints import exports, run_checkpoints
-from vilam3_jax.data import leaks
+from vilam3_jax.data import leaks, preflight
 from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.data.loader import Loader, build_loader
 from vilam3_jax.errors import UserError
@@ -111,6 +111,9 @@ def _train(
         local_units=device_put.local_units,
     )
 
+    if program.task.batch_format.has_dialogues:
+        _preflight(config, loader, workdir, quiet)
+
     # State: from the newest checkpoint, or fresh.
     checkpoints = run_checkpoints.RunCheckpoints(
         workdir, config.checkpoints_kept, config.checkpoints_kept_every
@@ -190,6 +193,18 @@ def _train(
     if finished and processes.is_primary_process():
         paths.write_text_atomic(workdir / RESULT_FILE, writers.json_text(dataclasses.asdict(result), 1))
     return result
+
+
+def _preflight(config: RunConfig, loader: Loader, workdir: epath.Path, quiet: bool) -> None:
+    """Refuses data without targets, and says what else looks wrong; texts go to `preflight.txt`."""
+    found = preflight.check(loader, config.data, preflight.SAMPLES, shown=3)
+    problems = processes.gather(found.problem())
+    if all(problems):
+        raise UserError(f"config data.path={config.data.path}: {problems[0]}")
+    if processes.is_primary_process():
+        paths.write_text_atomic(workdir / "preflight.txt", "\n\n".join([*found.lines(), *found.texts, ""]))
+    if not quiet:
+        print("\n".join(f"data: {line}" for line in found.lines()))
 
 
 def _restore(

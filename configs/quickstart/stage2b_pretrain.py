@@ -1,4 +1,4 @@
-"""Quickstart, stage 2b: projector and LoRA on captions and text-only reports."""
+"""Quickstart, stage 2b: projector and LoRA on captions, text-only reports and look-ups in expert results."""
 
 from ml_collections import ConfigDict
 from vilam3_jax.configs import stage2b_pretrain
@@ -8,9 +8,10 @@ from vilam3_jax.configs.quickstart import common
 def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage2b_pretrain.get_config(common.model_name(arg))
-    config = common.shape(config, arg, dict(smoke=15, default=16, full=50), peak=1e-3)
-    config.data.seq_len = 256
-    config.data.images_per_group = 8
+    config = common.shape(config, arg, dict(smoke=15, default=80, full=200), peak=2e-3)
+    # A text token is cheap here: this is where the LLM learns to read results.
+    config.data.mixture = (("captions", 1), ("reports", 0.2), ("lookups", 4))
+    config.data.seq_len = 384
     if arg != "smoke":
         config.trainable = ((r"vision_tower/.*", 0.0), (r"projector/.*", 3.0), *common.LLM_LORA)
     return config

@@ -8,8 +8,9 @@ from vilam3_jax.configs.quickstart import common
 def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage3_instruct.get_config(common.model_name(arg))
-    config = common.shape(config, arg, dict(smoke=25, default=20, full=60), peak=1e-3)
+    config = common.shape(config, arg, dict(smoke=25, default=24, full=120), peak=1e-3)
     config.data.seq_len = 384
+    config.data.images_per_group = 8
     if arg != "smoke":
         config.trainable = ((r"vision_tower/.*", 0.3), (r"projector/.*", 3.0), *common.LLM_LORA)
     return config

@@ -70,7 +70,7 @@ def test_an_arm_alone_has_the_rows_of_an_arm_among_several(results, export, worl
     assert run(*arguments, "--arm=stage4_blank") == 0
     assert rows_of(tmp_path) == rows_of(results / "stage4_blank")
     assert run(*arguments, "--arm=stage4_blank,majority,stage4_blank") == 2
-    assert "stage4_blank is given twice" in capsys.readouterr().err
+    assert "'stage4_blank' is given twice" in capsys.readouterr().err
 
 
 def test_the_majority_arm_needs_no_checkpoint(results):

@@ -31,7 +31,7 @@ from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.loader_records import ShardOrder, Stats, Tally
 from vilam3_jax.data.loader_shards import Place, Shards, Turns, UnitInfo
 from vilam3_jax.data.loader_state import Binding, State, from_state, to_state
-from vilam3_jax.data.packing import Size
+from vilam3_jax.data.packing import Sample, Size
 from vilam3_jax.data.render import ImageReader, Renderer
 from vilam3_jax.data.sample_reader import BadRecord, SampleReader
 from vilam3_jax.data.templates import TokenizerLike, model_template
@@ -105,17 +105,23 @@ class Loader:
         turns = self._turns
         self._places = from_state(state, turns.own_shards, turns.shards, self._binding, self.records)
 
-    def sizes(self, count: int) -> list[list[Size]]:
-        """Sizes of the first samples of some loader shards, about `count` in total."""
+    def first_samples(self, count: int) -> list[list[Sample | BadRecord]]:
+        """The first samples and bad records of some loader shards, about `count` in total."""
         numbers = self._turns.own_shards[: max(1, count // _SIZES_PER_SHARD)]
-        each, tally = -(-count // len(numbers)), Tally(self.samples.sources)
-        drawn: list[list[Size]] = []
+        drawn = []
         for number in numbers:
-            order, found = ShardOrder(self.records, number, self._turns.shards), []
-            for index in range(len(order)):
-                if len(found) == each:
-                    break
-                if isinstance(sample := order.load(index), BadRecord):
+            order = ShardOrder(self.records, number, self._turns.shards)
+            drawn.append([order.load(index) for index in range(min(len(order), -(-count // len(numbers))))])
+        return drawn
+
+    def sizes(self, count: int) -> list[list[Size]]:
+        """Sizes of the `first_samples`; bad records are counted and skipped."""
+        tally = Tally(self.samples.sources)
+        drawn: list[list[Size]] = []
+        for shard in self.first_samples(count):
+            found = []
+            for sample in shard:
+                if isinstance(sample, BadRecord):
                     tally.bad(sample)
                 else:
                     tally.good(sample.source)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 # Command -> (module with `main(argv) -> int`, description). Only the selected module is imported, as some
 # modules import the whole loader.
 _COMMANDS = {
+    "check": ("vilam3_jax.data.preflight", "checks what a run would read before it is started"),
     "deidentify": ("vilam3_jax.data.deidentify.main", "copies DICOM images without identifiers"),
     "leaks": ("vilam3_jax.data.leaks.main", "finds records shared by training and evaluation sets"),
     "mixture": ("vilam3_jax.data.mixture", "shows order, epochs and tokens of each dataset in a run"),

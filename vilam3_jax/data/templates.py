@@ -9,7 +9,7 @@ sequence, and targets need no search. The template's `rules` determine the treat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,8 @@ class TokenizerLike(Protocol):
     def encode_continued(self, text: str) -> list[int]: ...
 
     def token_id(self, token: str) -> int: ...
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)

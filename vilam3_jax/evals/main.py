@@ -106,9 +106,9 @@ def _model_config(options: argparse.Namespace, kind: str) -> Any:
 
 
 def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None:
-    names = options.arm.split(",") if options.arm else [None]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"--arm: {', '.join(map(str, sorted(repeated)))} is given twice")
+    names = (options.arm or "").split(",")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--arm: {repeated[0]!r} is given twice")
     arms = [arm_lib.arm_of(name, options.experts, options.images) for name in names]
     if options.batch_size < 1:
         raise UserError(f"--batch_size={options.batch_size}: must be at least 1")

@@ -38,7 +38,8 @@ MAPS = "tool:TotalSegmentator reference map"
 PHANTOM_MAPS = "ground-truth:generated label map"
 RUN_FILE = "quickstart.json"
 CPUINFO = Path("/proc/cpuinfo")
-EVAL_LIMIT = {"smoke": 6, "default": 5, "full": 20}
+STAGE4_ARMS = ("stage4_no_experts", "stage4_experts", "stage4_falsified", "stage4_blank", "majority")
+EVAL_LIMIT = {"smoke": 6, "default": 12, "full": 20}
 _VILAM3, _EXPERTS = ("-m", "vilam3_jax.cli"), ("-m", "vilam3_experts")
 
 
@@ -67,8 +68,8 @@ def samples_step(samples: Path, size: str) -> Step:
     return Step("samples", ("-m", module, "--out", str(samples)), samples / "samples.json", resumable=True)
 
 
-def plan(run: Path, samples: Path, size: str) -> list[Step]:
-    """The steps that follow `samples_step`."""
+def plan(run: Path, samples: Path, size: str, seed: int) -> list[Step]:
+    """The steps that follow `samples_step`; `seed` is that of the training runs."""
     phantoms = size == "smoke"
     data, annotations = run / "data", run / "annotations"
     into = ("--data", str(samples), "--out", str(annotations))
@@ -99,7 +100,11 @@ def plan(run: Path, samples: Path, size: str) -> list[Step]:
     for index, stage in enumerate(STAGES):
         folder, before = run / "stages" / stage, STAGES[:index][-1:]
         argv = (*_VILAM3, "train", f"--config=configs/quickstart/{stage}.py:{size}", f"--workdir={folder}")
-        argv += (f"--config.data.path={data}", f"--config.data.annotations={annotations}")
+        argv += (
+            f"--config.seed={seed}",
+            f"--config.data.path={data}",
+            f"--config.data.annotations={annotations}",
+        )
         argv += (f"--config.model.tokenizer={tokenizer}",)
         if before:
             part = "vision_tower" if stage == "stage2a_align" else "everything"
@@ -114,30 +119,24 @@ def plan(run: Path, samples: Path, size: str) -> list[Step]:
 
 
 def _evaluation(run: Path, data: Path, annotations: Path, size: str, base: tuple[str, ...]) -> list[Step]:
-    arms = {
-        "stage3": ("stage3_instruct", ("--experts=off",)),
-        "stage4_no_experts": ("stage4_expert", ("--experts=off",)),
-        "stage4_experts": ("stage4_expert", ("--experts=on",)),
-        "stage4_falsified": ("stage4_expert", ("--experts=falsified",)),
-        "stage4_blank": ("stage4_expert", ("--experts=off", "--images=blank")),
-        "majority": ("stage4_expert", ()),
-    }
-
     def step(name: str, stage: str, flags: tuple[str, ...], out: Path, makes: Path) -> Step:
         export = run / "stages" / stage / "export"
         argv = (*_VILAM3, "evaluate", f"--data={data}", f"--checkpoint={export}", *flags, f"--out={out}")
         return Step(f"eval_{name}", argv, makes, (*base, stage))
 
-    scores = run / "eval" / "retrieval.json"
+    folder = run / "eval"
+    scores = folder / "retrieval.json"
     steps = [step("retrieval", "stage1_vision", ("--protocol=retrieval@2",), scores, scores)]
-    for arm, (stage, flags) in arms.items():
-        flags = ("--protocol=quickstart@1", f"--arm={arm}", *flags, f"--annotations={annotations}")
-        out = run / "eval" / arm
-        steps.append(step(arm, stage, (*flags, f"--limit={EVAL_LIMIT[size]}"), out, out / "result.json"))
+    questions = ("--protocol=quickstart@1", f"--limit={EVAL_LIMIT[size]}", f"--annotations={annotations}")
+    out = folder / "stage3"
+    flags = ("--arm=stage3", *questions)
+    steps.append(step("stage3", "stage3_instruct", flags, out, out / "result.json"))
+    flags = (f"--arm={','.join(STAGE4_ARMS)}", *questions)  # one process: the model is compiled once
+    steps.append(step("stage4", "stage4_expert", flags, folder, folder / STAGE4_ARMS[-1] / "result.json"))
     return steps
 
 
-def run_chain(run: Path, samples: Path, size: str, fresh: bool) -> None:
+def run_chain(run: Path, samples: Path, size: str, fresh: bool, seed: int = 0) -> None:
     """Runs the missing and outdated steps, in order.
 
     Raises:
@@ -172,7 +171,7 @@ def run_chain(run: Path, samples: Path, size: str, fresh: bool) -> None:
             _record(run, record, step, fingerprints[step.name], seconds)
             print(f"{head}: {seconds:.0f} s", flush=True)
         if number == 1:
-            steps += plan(run, samples, size)
+            steps += plan(run, samples, size, seed)
     print(f"report: {run / 'report.html'}\nsummary: {run / 'summary.json'}")
 
 
@@ -276,9 +275,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--samples", default=".cache/samples", help="folder of the fetched samples; kept")
     parser.add_argument("--size", default="default", choices=("smoke", "default", "full"))
     parser.add_argument("--fresh", action="store_true", help="start over (the samples are kept)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training runs; the data stay the same")
     options = parser.parse_args(argv)
     if options.size == "smoke":
         # Programs that run for seconds do not repay LLVM's optimisation.
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    run_chain(Path(options.out), Path(options.samples), options.size, options.fresh)
+    run_chain(Path(options.out), Path(options.samples), options.size, options.fresh, options.seed)
     return 0

@@ -24,12 +24,13 @@ from vilam3_jax.datasets.samples import MODALITY_CODES, Sample, asset, read_samp
 from vilam3_jax.datasets.slices import MIN_PIXELS, PLANE_OF_AXIS
 from vilam3_jax.quickstart.captions import captions, pair_caption
 from vilam3_jax.quickstart.films import film_facts, film_variant
+from vilam3_jax.quickstart.lookups import lookups
 from vilam3_jax.quickstart.questions import Facts, Question, QuestionMaker, dialogue_turns
 from vilam3_jax.quickstart.volumes import BRAIN_EXPERT, LabelledVolume
 from vilam3_jax.runtime import paths
 
-VERSION = 1
-DATASETS = ("pairs", "captions", "reports", "instruct")
+VERSION = 2
+DATASETS = ("pairs", "captions", "reports", "lookups", "instruct")
 SPLITS = ("train", "heldout")
 REPORTS_ASSET = "iu_reports"
 GENERATED = "generated"  # origin of phantoms
@@ -50,6 +51,8 @@ _CT_WINDOWS = {
     "chest": ((-600.0, 1500.0), (50.0, 400.0), (40.0, 250.0)),
     "abdomen": ((50.0, 400.0), (40.0, 250.0), (60.0, 600.0), (400.0, 1800.0)),
 }
+_HELD_OUT_QUESTIONS = 9  # most in a dialogue
+_MAX_CALLS = 2  # in a dialogue; questions after them are answered from the results so far
 _MAX_ROUNDS = 4  # over the images of a rare expert, so that calling it can be learned
 # Slices in which the brain is certainly visible or not, read by eye: (plane, slices, visible).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
@@ -66,7 +69,8 @@ class Size:
       slices, heldout_slices: per plane of a training or held-out volume.
       films: training images per class of films, augmented copies included.
       captions, dialogues: per training image.
-      reports, questions: most training reports, and most questions in a dialogue.
+      reports, lookups: numbers of training reports (at most) and of training look-ups.
+      questions: most questions in a training dialogue.
     """
 
     slices: int
@@ -75,15 +79,23 @@ class Size:
     captions: int
     dialogues: int
     reports: int
+    lookups: int
     questions: int = 9
 
 
 SIZES = {
-    "smoke": Size(slices=3, heldout_slices=2, films=2, captions=1, dialogues=1, reports=40),
+    "smoke": Size(slices=3, heldout_slices=2, films=2, captions=1, dialogues=1, reports=40, lookups=40),
     "default": Size(
-        slices=24, heldout_slices=12, films=12, captions=2, dialogues=2, reports=600, questions=6
+        slices=24,
+        heldout_slices=12,
+        films=12,
+        captions=2,
+        dialogues=2,
+        reports=600,
+        lookups=1200,
+        questions=3,
     ),
-    "full": Size(slices=72, heldout_slices=20, films=40, captions=3, dialogues=3, reports=1800),
+    "full": Size(slices=72, heldout_slices=20, films=40, captions=3, dialogues=3, reports=1800, lookups=2400),
 }
 
 
@@ -152,6 +164,10 @@ class ExampleBuilder:
             yield from self._captioned(images[split], split)
             yield from self._dialogues(images[split], split)
         yield from self._reports()
+        for split in SPLITS:
+            count = self.size.lookups if split == "train" else max(4, self.size.lookups // 20)
+            for example in lookups(count, self._rng("lookups", split), split):
+                yield "lookups", split, example
 
     def _rng(self, *parts: object) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, *parts))))
@@ -254,7 +270,8 @@ class ExampleBuilder:
 
     def _dialogues(self, images: list[LabelledImage], split: str) -> Iterator[tuple[str, str, Example]]:
         training = split == "train"
-        maker = QuestionMaker(self._rng("questions", split), training=training, limit=self.size.questions)
+        limit = self.size.questions if training else _HELD_OUT_QUESTIONS
+        maker = QuestionMaker(self._rng("questions", split), training=training, limit=limit)
         calls: collections.Counter[str] = collections.Counter()
         for number in range(_MAX_ROUNDS * self.size.dialogues if training else 1):
             # Shuffled: answers are balanced question by question, and neighbouring slices are alike.
@@ -278,13 +295,13 @@ class ExampleBuilder:
         return number < self.size.dialogues or calls.get(expert, 0) < 0.5 * max(calls.values(), default=0)
 
     def _dialogue(self, image: LabelledImage, split: str, number: int, questions: list[Question]) -> Example:
-        facts, requests = image.facts, ()
-        first = next((i for i, question in enumerate(questions) if question.expert is not None), None)
-        if first is not None:  # the result precedes the answer to the first question that it helps with
-            turn = 2 * first + 1
-            requests = (
-                ExpertRequest(str(facts.expert), facts.expert_args, before_turn=turn, policy="optional"),
-            )
+        facts = image.facts
+        helped = [i for i, question in enumerate(questions) if question.expert is not None]
+        requests = tuple(
+            # A result precedes the answer that it helps with.
+            ExpertRequest(str(facts.expert), facts.expert_args, before_turn=2 * i + 1, policy="optional")
+            for i in helped[:_MAX_CALLS]
+        )
         meta = self._meta("instruct", image, split, questions)
         identifier = f"instruct/{image.key}/{number}"
         return Example(identifier, "conversation", (image.ref,), dialogue_turns(questions), requests, meta)

@@ -31,8 +31,6 @@ def film_facts(sample: Sample) -> Facts:
         modality="MRI" if head else sample.modality,
         region=sample.body_region,
         expert=_EXPERT_OF_REGION.get(sample.body_region),
-        brain=head,
-        brain_source="sample list",
         **facts,
     )
 

@@ -24,10 +24,13 @@ TUMOR_CLASSES = ("glioma", "meningioma", "pituitary", "no tumor")
 NONE_VISIBLE = "none"
 # Round volumes in ml that the ranges of a volume question may start or end at.
 VOLUME_STEPS = (5, 10, 20, 50, 100, 200, 300, 500, 750, 1000, 1250, 1500, 2000, 2500, 3000, 4000)
+# The same for a brain, which has 900 to 1,600 ml; masks that include the fluid around it exceed that.
+BRAIN_STEPS = (900, 1000, 1100, 1200, 1300, 1400, 1500, 1600, 1800, 2000)
 _VOLUME_MARGIN = 0.12  # no limit closer to the true volume: rounding would decide the answer
 _SLACK = 2  # largest lead of one answer over the rarest other one of its kind
 # Largest lead for one organ in training: 3, plus 15 % of the questions about it.
 _ORGAN_SLACK, _ORGAN_SHARE = 3, 0.15
+_LEAST_ORGANS = 4  # one question of each type, of which a short dialogue has a few
 
 # The first phrase of each type is canonical: held-out questions use no other.
 PHRASES: dict[str, tuple[str, ...]] = {
@@ -116,7 +119,7 @@ class Facts:
       position: third of the scan that holds the slice, in words for captions.
       organs: name → visible in this slice, without the uncertain ones.
       volumes_ml: name → volume in the whole scan in ml, for organs visible in this slice.
-      tumor, pneumonia, brain: whether it is visible.
+      tumor, pneumonia, brain: whether it is visible; the brain only in volumes.
       tumor_class: one of `TUMOR_CLASSES`, for films of the head.
       brain_ml: volume of the brain in the whole scan, ml.
       organ_source, tumor_source, film_source, brain_source, brain_volume_source: label sources of the organs,
@@ -173,16 +176,18 @@ class Balance:
         self.counts[key, answer] += 1
 
 
-def volume_range(ml: float, rng: random.Random, wanted: int) -> tuple[tuple[str, ...], str] | None:
-    """Draws two limits with `ml` below (`wanted` 0), between (1) or above (2) them.
+def volume_range(
+    ml: float, rng: random.Random, wanted: int, steps: Sequence[int] = VOLUME_STEPS
+) -> tuple[tuple[str, ...], str] | None:
+    """Draws two limits of `steps` with `ml` below (`wanted` 0), between (1) or above (2) them.
 
     The limits vary between questions, so neither the organ's name nor its usual size gives the answer away.
 
     Returns:
-      (options, answer), or None when no pair of `VOLUME_STEPS` leaves enough margin.
+      (options, answer), or None when no pair of `steps` leaves enough margin.
     """
-    above = [step for step in VOLUME_STEPS if step >= ml * (1 + _VOLUME_MARGIN)]
-    below = [step for step in VOLUME_STEPS if step <= ml * (1 - _VOLUME_MARGIN)]
+    above = [step for step in steps if step >= ml * (1 + _VOLUME_MARGIN)]
+    below = [step for step in steps if step <= ml * (1 - _VOLUME_MARGIN)]
     pairs = (
         list(itertools.combinations(above, 2)),
         list(itertools.product(below, above)),
@@ -221,13 +226,19 @@ class QuestionMaker:
         Questions that an expert can answer are adjacent. The general ones precede or follow them at random,
         so that neither an answer nor a call can be predicted from earlier questions without the image.
         """
-        first = [*self._film(facts), *self._brain(facts)]
-        if facts.tumor is not None:
-            film = facts.plane is None
-            first += self._ask_balanced(facts, "tumor_present", facts.tumor, facts.tumor_source, expert=film)
+        answerable = [*self._film(facts), *self._brain(facts)]
+        film = facts.plane is None
+        # Not of MRI volumes: there is an expert for films, and a slice looks like one.
+        if facts.tumor is not None and (film or facts.modality == "CT"):
+            answerable += self._ask_balanced(
+                facts, "tumor_present", facts.tumor, facts.tumor_source, expert=film
+            )
         general = self._general(facts)
-        answerable = first + self._organs(facts, self.limit - len(first) - len(general))
+        answerable += self._organs(facts, max(_LEAST_ORGANS, self.limit - len(answerable) - len(general)))
         self.rng.shuffle(answerable)
+        if answerable:
+            general = general[: max(1, self.limit // 3)]
+            answerable = answerable[: self.limit - len(general)]
         answerable.sort(key=lambda q: q.expert is None)
         return general + answerable if self.rng.random() < 0.5 else answerable + general
 
@@ -308,9 +319,10 @@ class QuestionMaker:
     def _volume(
         self, facts: Facts, kind: str, name: str, ml: float, source: str, oracle: bool
     ) -> list[Question]:
+        steps = BRAIN_STEPS if name == "brain" else VOLUME_STEPS
         order = sorted(range(3), key=lambda w: (self.balance.counts[kind, str(w)], self.rng.random()))
         for wanted in order:
-            if (found := volume_range(ml, self.rng, wanted)) is not None:
+            if (found := volume_range(ml, self.rng, wanted, steps)) is not None:
                 options, answer = found
                 self.balance.add(kind, str(wanted))
                 return [self._ask(facts, kind, answer, options, source, oracle=oracle, name=name)]

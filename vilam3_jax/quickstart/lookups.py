@@ -1,0 +1,124 @@
+"""Look-ups: text-only dialogues about made-up expert results, which teach an LLM to read a result.
+
+Results are random, so no patient and no image is behind them. Wording and questions are those of real expert
+turns.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from vilam3_jax.data.examples import IMAGE_MARKER, Example, Turn
+from vilam3_jax.data.experts.exchange import Result, exchange
+from vilam3_jax.data.experts.labels import label_universe
+from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
+from vilam3_jax.data.experts.wording import Plane
+from vilam3_jax.quickstart.questions import TUMOR_CLASSES, Facts, Question, QuestionMaker
+from vilam3_jax.quickstart.volumes import BRAIN_EXPERT
+
+_QUESTIONS = 4  # per look-up
+_ORGANS = sorted(label_universe("ORGANS", "organs").items(), key=lambda item: item[1])
+_BRAIN = 1  # label id
+_BRAIN_ML = (950.0, 1600.0)
+_ORGAN_ML = (8.0, 2500.0)
+_SOURCE = "random result"
+
+
+def lookups(count: int, rng: random.Random, split: str = "train") -> Iterator[Example]:
+    """Yields at most `count` text-only dialogues of a split, the experts in turn.
+
+    Half of them show class probabilities of a tumor, whose questions take the most reading.
+    """
+    maker = QuestionMaker(rng, training=True)
+    kinds: tuple[Callable[[random.Random], tuple[Facts, Annotation]], ...] = (
+        _tumor,
+        _brain,
+        _tumor,
+        _organs,
+        _tumor,
+        _film,
+    )
+    for number in range(count):
+        facts, annotation = kinds[number % len(kinds)](rng)
+        asked = [question for question in maker.dialogue(facts) if question.expert is not None]
+        rng.shuffle(asked)
+        if asked:
+            chosen = asked[:_QUESTIONS]
+            meta = {
+                "dataset": "quickstart/lookups",
+                "split": split,
+                "group": f"{split} lookup {number}",
+                "question_types": [question.type for question in chosen],
+            }
+            turns = _turns(chosen, annotation)
+            yield Example(f"lookups/{split}/{number}", "conversation", (), turns, (), meta)
+
+
+def _turns(asked: list[Question], annotation: Annotation) -> tuple[Turn, ...]:
+    task = "classification" if annotation.probabilities else "segmentation"
+    result = Result(annotation, task, Plane(2, 0) if task == "segmentation" else Plane())
+    # Text only: the overlay that a real result shows is left out.
+    first = exchange([result], asked[0].question).text.replace(IMAGE_MARKER, "shown")
+    turns = [Turn("user", first), Turn("assistant", asked[0].answer, True)]
+    for question in asked[1:]:
+        turns += [Turn("user", question.question), Turn("assistant", question.answer, True)]
+    return tuple(turns)
+
+
+def _tumor(rng: random.Random) -> tuple[Facts, Annotation]:
+    found = rng.choice(TUMOR_CLASSES)
+    top = rng.uniform(0.51, 1.0) if rng.random() < 0.5 else 1.0  # classifiers are often certain
+    shares = [rng.random() for _ in TUMOR_CLASSES[1:]]
+    rest = iter(share / sum(shares) * (1 - top) for share in shares)
+    probabilities = {name: top if name == found else next(rest) for name in sorted(TUMOR_CLASSES)}
+    facts = Facts(
+        group="", modality="MRI", region="head", expert="BRAINTUMOR",
+        tumor_class=found, tumor=found != "no tumor", tumor_source=_SOURCE,
+    )  # fmt: skip
+    return facts, Annotation("random", "BRAINTUMOR", probabilities=probabilities)
+
+
+def _film(rng: random.Random) -> tuple[Facts, Annotation]:
+    probability = rng.choice((rng.uniform(0.0, 0.49), rng.uniform(0.51, 1.0)))
+    facts = Facts(
+        group="", modality="X-ray", region="chest", expert="PNEUMONIA",
+        pneumonia=probability > 0.5, film_source=_SOURCE,
+    )  # fmt: skip
+    return facts, Annotation(
+        "random", "PNEUMONIA", probabilities={"normal": 1 - probability, "pneumonia": probability}
+    )
+
+
+def _brain(rng: random.Random) -> tuple[Facts, Annotation]:
+    visible, ml = rng.random() < 0.6, rng.uniform(*_BRAIN_ML)
+    facts = Facts(
+        group="", modality="MRI", region="head", plane="axial", expert=BRAIN_EXPERT,
+        brain=visible, brain_source=_SOURCE, brain_ml=ml if visible else None, brain_volume_source=_SOURCE,
+    )  # fmt: skip
+    return facts, _segmented(BRAIN_EXPERT, "", {(_BRAIN, "brain"): ml} if visible else {})
+
+
+def _organs(rng: random.Random) -> tuple[Facts, Annotation]:
+    shown = dict.fromkeys(rng.sample(_ORGANS, rng.randint(1, 6)))
+    low, high = np.log(_ORGAN_ML)
+    volumes = {label: float(np.exp(rng.uniform(low, high))) for label in shown}
+    names = {name: (label, name) in shown for label, name in _ORGANS}
+    facts = Facts(
+        group="", modality="CT", region="abdomen", plane="axial", expert="ORGANS", expert_args="organs",
+        organs=names, organ_source=_SOURCE, volumes_ml={name: ml for (_, name), ml in volumes.items()},
+    )  # fmt: skip
+    return facts, _segmented("ORGANS", "organs", volumes)
+
+
+def _segmented(expert: str, args: str, volumes: dict[tuple[int, str], float]) -> Annotation:
+    """An annotation whose only slice shows one voxel of each label."""
+    ids = [label for label, _ in volumes]
+    labels = np.array([0, *ids], np.uint16)[:, None, None]
+    segments = tuple(
+        Segment(label, name, 1, ml, 1, (i + 1, 0, 0, i + 2, 1, 1))
+        for i, ((label, name), ml) in enumerate(volumes.items())
+    )
+    return Annotation("random", expert, args, segments=segments, labels=LabelMap.encode(labels, np.eye(4)))

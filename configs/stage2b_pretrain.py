@@ -14,6 +14,6 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = "stage2b_pretrain"
     config.model = models.get(arg)
     config.data.mixture = (("captions", 1), ("reports", 0.6))
-    config.trainable = ((r"vision_tower/.*", 0.0), (r".*", 1.0))
+    config.trainable = ((r"vision_tower/.*", 0.0), *models.adapters_only(config.model), (r".*", 1.0))
     config.schedule.peak = 5e-5
     return pods.slice64(config, _IMAGES_PER_GROUP) if models.needs_slice(arg) else config

@@ -14,6 +14,6 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.name = "stage3_instruct"
     config.model = models.get(arg)
     config.data.mixture = (("instruct", 1.0),)
-    config.trainable = ((r".*", 1.0),)
+    config.trainable = (*models.adapters_only(config.model), (r".*", 1.0))
     config.schedule.peak = 1e-4
     return pods.slice64(config, _IMAGES_PER_GROUP) if models.needs_slice(arg) else config

@@ -11,7 +11,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config = stage3_instruct.get_config(arg)
     config.name = "stage4_expert"
     config.data.experts = "mixed"
-    config.trainable = ((r".*", 1.0),)
+    config.trainable = (*models.adapters_only(config.model), (r".*", 1.0))
     config.schedule.peak = 2e-5
     if models.needs_slice(arg):
         # Two epochs of VILA-M3's 1,840,428 samples.

@@ -42,6 +42,11 @@ def needs_slice(spec: str) -> bool:
     return getattr(_module(spec.split(",")[0]), "NEEDS_SLICE", False)
 
 
+def adapters_only(model: ConfigDict) -> tuple[tuple[str, float], ...]:
+    """Rows of `trainable` by which an LLM with LoRA learns its adapters alone; none for an LLM without."""
+    return ((r"llm/.*lora_[ab]", 1.0), (r"llm/.*", 0.0)) if model.llm.lora_rank else ()
+
+
 def _module(name: str) -> ModuleType:
     known = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
     if name not in known:

@@ -10,9 +10,6 @@ from vilam3_jax.errors import UserError
 
 SIZES = ("smoke", "default", "full")
 
-# Only the LLM's LoRA learns.
-LLM_LORA = ((r"llm/.*lora_[ab]", 1.0), (r"llm/.*", 0.0))
-
 
 def model_name(size: str) -> str:
     """The model of a size."""

@@ -1,7 +1,7 @@
 """Quickstart, stage 2b: projector and LoRA on captions, text-only reports and look-ups in expert results."""
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import stage2b_pretrain
+from vilam3_jax.configs import models, stage2b_pretrain
 from vilam3_jax.configs.quickstart import common
 
 
@@ -13,5 +13,6 @@ def get_config(arg: str = "default") -> ConfigDict:
     config.data.mixture = (("captions", 1), ("reports", 0.2), ("lookups", 4))
     config.data.seq_len = 384
     if arg != "smoke":
-        config.trainable = ((r"vision_tower/.*", 0.0), (r"projector/.*", 3.0), *common.LLM_LORA)
+        adapters = models.adapters_only(config.model)
+        config.trainable = ((r"vision_tower/.*", 0.0), (r"projector/.*", 3.0), *adapters)
     return config

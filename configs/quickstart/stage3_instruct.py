@@ -1,7 +1,7 @@
 """Quickstart, stage 3: tower, projector and LoRA on dialogues without experts."""
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import stage3_instruct
+from vilam3_jax.configs import models, stage3_instruct
 from vilam3_jax.configs.quickstart import common
 
 
@@ -12,5 +12,6 @@ def get_config(arg: str = "default") -> ConfigDict:
     config.data.seq_len = 384
     config.data.images_per_group = 8
     if arg != "smoke":
-        config.trainable = ((r"vision_tower/.*", 0.3), (r"projector/.*", 3.0), *common.LLM_LORA)
+        adapters = models.adapters_only(config.model)
+        config.trainable = ((r"vision_tower/.*", 0.3), (r"projector/.*", 3.0), *adapters)
     return config

@@ -1,7 +1,7 @@
 """Quickstart, stage 4: dialogues that an expert can help with ask it and read its answer."""
 
 from ml_collections import ConfigDict
-from vilam3_jax.configs import stage4_expert
+from vilam3_jax.configs import models, stage4_expert
 from vilam3_jax.configs.quickstart import common
 
 
@@ -12,5 +12,6 @@ def get_config(arg: str = "default") -> ConfigDict:
     config.data.seq_len = dict(smoke=768, default=768, full=896)[arg]  # at least the longest dialogue
     config.data.images_per_group = 8
     if arg != "smoke":
-        config.trainable = ((r"vision_tower/.*", 0.3), (r"projector/.*", 1.0), *common.LLM_LORA)
+        adapters = models.adapters_only(config.model)
+        config.trainable = ((r"vision_tower/.*", 0.3), (r"projector/.*", 1.0), *adapters)
     return config

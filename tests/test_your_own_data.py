@@ -22,8 +22,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "your_own_data.md"
 
 def commands():
     """The commands of the page, as argument lists."""
-    for block in re.findall(r"^```\n(.*?)^```$", PAGE.read_text(), re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.M | re.S):
+        for line in [] if language else block.replace("\\\n", " ").splitlines():
             program, *arguments = shlex.split(line)
             assert program == "vilam3"
             yield arguments

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.settings import flatten, from_mapping, suggestion
-from vilam3_jax.training.run_config import RunConfig
+from vilam3_jax.training.run_config import RENAMED_KEYS, RunConfig
 
 if TYPE_CHECKING:
 
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 else:
     ConfigDict = ml_collections.ConfigDict
-
-# Keys of earlier versions → their names today.
-RENAMED_KEYS = {"kind": "task", "quantization.products": "quantization.matmul"}
 
 
 def base_config() -> ConfigDict:

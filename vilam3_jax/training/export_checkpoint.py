@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from vilam3_jax import config as config_lib
 from vilam3_jax.checkpoints import exports, run_checkpoints
 from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.ops.quantized import QuantizedKernel
@@ -18,7 +17,7 @@ from vilam3_jax.runtime import paths
 from vilam3_jax.runtime.settings import from_mapping
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training.run_config import RunConfig
+from vilam3_jax.training.run_config import RENAMED_KEYS, RunConfig
 from vilam3_jax.training.train_state import TrainState
 
 
@@ -39,7 +38,7 @@ def export_checkpoint(
     """
     folder, step = run_checkpoints.find(workdir, step)
     run = run_checkpoints.read_run(folder)
-    config = from_mapping(RunConfig, run["config"], config_lib.RENAMED_KEYS)
+    config = from_mapping(RunConfig, run["config"], RENAMED_KEYS)
     mesh_config = mesh_lib.MeshConfig()
     mesh = mesh_lib.build_mesh(mesh_config, jax.devices()[:1])
     program = program_lib.build(dataclasses.replace(config, mesh=mesh_config, compiler_options=()), mesh)

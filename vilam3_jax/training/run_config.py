@@ -21,6 +21,9 @@ from vilam3_jax.training.optimizer import OptimizerConfig, ScheduleConfig
 from vilam3_jax.training.step_guard import SkipConfig
 from vilam3_jax.training.writers import TelemetryConfig
 
+# Keys of earlier versions → their names today.
+RENAMED_KEYS = {"kind": "task", "quantization.products": "quantization.matmul"}
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Section):

@@ -56,6 +56,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_works(folder, capsys):
     ran = []
     for arguments in commands():
@@ -63,7 +64,7 @@ def test_every_command_of_the_page_works(folder, capsys):
         # The quickstart's export is the only thing that is not made here.
         arguments = [one for one in arguments if not one.startswith("--config.init.everything=")]
         if arguments[0] == "train":
-            arguments.append("--config.num_steps=20")
+            arguments += ["--config.num_steps=20", "--config.data.global_rows=8"]  # the tests have 8 devices
         assert cli.main(arguments) == 0, capsys.readouterr().err
         ran.append(" ".join(arguments[:2]))
     out = capsys.readouterr().out

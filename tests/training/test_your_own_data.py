@@ -17,7 +17,7 @@ from vilam3_jax import cli
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.tokenizer import train_bpe
 
-PAGE = Path(__file__).parents[1] / "docs" / "your_own_data.md"
+PAGE = Path(__file__).parents[2] / "docs" / "your_own_data.md"
 
 
 def commands():

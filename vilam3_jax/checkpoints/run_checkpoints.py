@@ -249,7 +249,7 @@ def find(workdir: paths.PathLike, step: int | None = None) -> tuple[epath.Path, 
     """Folder and step of an intact checkpoint of a run, the newest without `step`; changes nothing.
 
     Raises:
-      UserError: there is no such checkpoint, or the chosen one is damaged.
+      UserError: the checkpoint does not exist or is damaged.
     """
     root = paths.as_path(workdir) / "checkpoints"
     folders = paths.children(root)

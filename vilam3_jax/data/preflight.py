@@ -147,7 +147,7 @@ def _fill(shards: Sequence[Sequence[Size]], data: DataConfig) -> Fill | None:
 
 
 def _fuller(shards: Sequence[Sequence[Size]], data: DataConfig) -> Fill | None:
-    """The fullest of the settings that `vilam3 data stats` recommends; None without enough samples."""
+    """Returns the recommended group size with the highest fill, or None if there are too few samples."""
     try:
         return max(recommend(shards, data.seq_len), key=lambda fill: fill.tokens)
     except UserError:  # too few samples for the larger groups

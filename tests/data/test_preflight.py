@@ -88,7 +88,7 @@ def test_data_without_targets_stops_command_and_run(tmp_path, films, capsys, mon
     assert "0.0% of all tokens are targets" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"config data\.path=.*is a target"):
         train.main([*flags, f"--workdir={tmp_path / 'run'}"])
-    with pytest.raises(UserError, match="pairs have no targets"):
+    with pytest.raises(UserError, match="pairs are not packed"):
         data_main.main(["check", "--config=configs/stage1_vision.py:tiny"])
 
 

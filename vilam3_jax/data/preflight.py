@@ -13,14 +13,12 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from absl import flags
 
-from vilam3_jax.data.batch_formats import PackedRows
 from vilam3_jax.data.data_config import DataConfig
-from vilam3_jax.data.loader import Loader, build_loader
+from vilam3_jax.data.loader import Loader
 from vilam3_jax.data.packing import Sample, Size
 from vilam3_jax.data.sample_reader import BadRecord
-from vilam3_jax.data.stats import Fill, measure_fill, recommend
+from vilam3_jax.data.stats import Fill, measure_fill, open_packed, recommend
 from vilam3_jax.data.templates import Encoded, TokenizerLike
 from vilam3_jax.errors import UserError
 
@@ -182,19 +180,12 @@ def main(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.samples < 1:
         raise UserError(f"--samples={options.samples}: must be at least 1")
-    from vilam3_jax import config as config_lib  # imports jax, which --help should not wait for
-
-    config = config_lib.parse(rest, flags.FlagValues())
-    if config.task != "generative":
-        raise UserError(
-            "config task='contrastive': pairs have no targets to check; look at them with `data show`"
-        )
-    loader = build_loader(config.data, config.model, PackedRows, "train", seed=config.seed)
+    data, loader = open_packed(rest)
     try:
-        found = check(loader, config.data, options.samples, options.show)
+        found = check(loader, data, options.samples, options.show)
     finally:
         loader.close()
     print("\n".join([*found.texts, *found.lines()]))
     if problem := found.problem():
-        raise UserError(f"{config.data.path}: {problem}")
+        raise UserError(f"{data.path}: {problem}")
     return 0

@@ -12,7 +12,7 @@ from absl import flags
 
 from vilam3_jax.data.batch_formats import PackedRows
 from vilam3_jax.data.data_config import DataConfig
-from vilam3_jax.data.loader import build_loader
+from vilam3_jax.data.loader import Loader, build_loader
 from vilam3_jax.data.packing import LOOKAHEAD, GroupShape, Size, next_group
 from vilam3_jax.errors import UserError
 
@@ -121,6 +121,16 @@ def _line(name: str, fill: Fill) -> str:
     )
 
 
+def open_packed(flags_of_run: Sequence[str]) -> tuple[DataConfig, Loader]:
+    """Opens the training data of a run from its flags; raises `UserError` for a contrastive run."""
+    from vilam3_jax import config as config_lib  # imports jax, which --help should not wait for
+
+    config = config_lib.parse(flags_of_run, flags.FlagValues())
+    if config.task != "generative":
+        raise UserError("config task='contrastive': pairs are not packed and have no targets")
+    return config.data, build_loader(config.data, config.model, PackedRows, "train", seed=config.seed)
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs `vilam3 data stats`; raises `UserError` for bad input."""
     parser = argparse.ArgumentParser(
@@ -132,13 +142,7 @@ def main(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.samples < 1:
         raise UserError(f"--samples={options.samples}: must be at least 1")
-    from vilam3_jax import config as config_lib  # imports jax, which --help should not wait for
-
-    config = config_lib.parse(rest, flags.FlagValues())
-    if config.task != "generative":
-        raise UserError("config task='contrastive': pairs are not packed, so there is nothing to fill")
-    data = config.data
-    loader = build_loader(data, config.model, PackedRows, "train", seed=config.seed)
+    data, loader = open_packed(rest)
     try:
         shards = loader.sizes(options.samples)
     finally:

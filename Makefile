@@ -8,7 +8,7 @@ SAMPLES ?= .cache/samples
 QUICKSTART_FLAGS := $(if $(FULL),--size=full) $(if $(FRESH),--fresh) $(if $(SEED),--seed=$(SEED))
 MANIFESTS := setup.cfg pyproject.toml experts/setup.cfg experts/pyproject.toml constraints/py311.txt constraints/py312.txt
 
-.PHONY: help install install-dev quickstart smoke test test-all lint format types clean
+.PHONY: help install install-dev quickstart smoke resume-demo test test-all lint format types clean
 
 help:
 	@echo "make quickstart   everything on this machine: install, experts, all stages, evaluation, a report"
@@ -16,6 +16,7 @@ help:
 	@echo "make test         install and the fast tests"
 	@echo "make test-all     adds the slow, multi-process and ahead-of-time tests"
 	@echo "make smoke        the quickstart on generated phantoms, two minutes, no downloads"
+	@echo "make resume-demo  kills a run of two processes and resumes it on another mesh: the same samples, the same losses"
 	@echo "make install      the user's packages; make install-dev adds those of the tests and of vilam3 plan"
 	@echo "make lint types   ruff and pyright; make format rewrites"
 
@@ -45,6 +46,9 @@ quickstart: install
 
 smoke: install
 	$(BIN)/python -m vilam3_jax.quickstart --out runs/smoke --samples .cache/phantoms --size=smoke --fresh
+
+resume-demo: install
+	$(BIN)/python examples/resume_demo.py
 
 test: install-dev
 	$(BIN)/python -m pytest -m "not slow" -n 2

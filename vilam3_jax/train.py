@@ -284,6 +284,30 @@ def _result(
     )
 
 
+def _sentences(result: Result, config: RunConfig, workdir: str) -> list[str]:
+    """What a run did, what it shows, where it is, and the next command."""
+    generative = config.task == "generative"
+    lines = [
+        f"{result.name}: step {result.steps} of {config.num_steps}; training loss "
+        f"{result.loss_first:.4g} → {result.loss_last:.4g}; {result.tokens / 1e3:,.1f} thousand tokens in "
+        f"{result.seconds:,.0f} s ({result.tokens_per_second:,.0f} a second); at most "
+        f"{result.peak_rss / 1e9:.1f} GB of memory"
+    ]
+    if result.heldout_true is not None:
+        unit = "supervised token" if generative else "pair"
+        held_out = f"held-out loss per {unit}: {result.heldout_first:.4g} → {result.heldout_true:.4g}"
+        if result.heldout_swapped is not None:
+            held_out += f"; {result.heldout_swapped:.4g} with the images of other samples"
+        lines.append(held_out)
+    if not result.finished:
+        return [*lines, f"saved in {workdir}; the same command resumes"]
+    lines.append(f"written: {workdir}/export (the model), {workdir}/{RESULT_FILE} (these figures)")
+    lines.append(f"next: vilam3 report --workdir={workdir}")
+    if generative:
+        lines.append(f"      vilam3 chat --checkpoint={workdir} --image=IMAGE --prompt=QUESTION")
+    return lines
+
+
 def _print_resumption(config: RunConfig, start: int, changed: dict[str, str]) -> None:
     if start < config.num_steps:
         print(f"{config.name}: resuming at step {start} of {config.num_steps}")
@@ -335,7 +359,7 @@ def main(argv: Sequence[str]) -> int:
     with processes.group("vilam3 train", **processes.flag_values(values)):
         result = train(config, values["workdir"].value, stop_after, quiet)
         if processes.is_primary_process():
-            print(writers.json_text(dataclasses.asdict(result)))
+            print("\n".join(_sentences(result, config, values["workdir"].value)))
     return 0
 
 

@@ -99,7 +99,9 @@ def uninterrupted(world):
     workdir = world / "uninterrupted"
     result = run(*arguments(world, workdir))
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.strip().splitlines()[-1])["finished"]
+    assert f"step {STEPS} of {STEPS}" in result.stdout
+    assert f"next: vilam3 report --workdir={workdir}" in result.stdout
+    assert json.loads((workdir / "result.json").read_text())["finished"]
     assert len(losses(workdir)) == STEPS
     return workdir
 

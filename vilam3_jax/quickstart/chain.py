@@ -172,7 +172,13 @@ def run_chain(run: Path, samples: Path, size: str, fresh: bool, seed: int = 0) -
             print(f"{head}: {seconds:.0f} s", flush=True)
         if number == 1:
             steps += plan(run, samples, size, seed)
-    print(f"report: {run / 'report.html'}\nsummary: {run / 'summary.json'}")
+    print(f"written: {run / 'report.html'} (open it in a browser), {run / 'summary.json'} (the same figures)")
+    images = sorted(path for path in (run / "data" / "images").iterdir() if path.suffix in (".jpg", ".png"))
+    shown = images[0] if images else "IMAGE"
+    flags = (f"--checkpoint={run}", f"--annotations={run / 'annotations'}", f"--image={shown}")
+    asked = shlex.join(("vilam3", "chat", *flags, "--prompt=Is a tumor visible in this image?"))
+    print(f"next: {asked}")
+    print("      your own data: docs/your_own_data.md")
 
 
 def _claim(run: Path, fresh: bool) -> None:

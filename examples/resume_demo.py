@@ -103,7 +103,11 @@ def start(root: Path, name: str, processes: int, mesh: Mapping[str, int]) -> lis
 
 def finish(root: Path, name: str, running: list[subprocess.Popen[bytes]]) -> int:
     """Waits for the end of a run; returns the step from which it resumed."""
-    codes = [process.wait(timeout=PATIENCE) for process in running]
+    try:
+        codes = [process.wait(timeout=PATIENCE) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     said = (root / f"{name}.0.log").read_text()
     if set(codes) != {0}:
         raise SystemExit(f"error: the run {name} ended with exit codes {codes}:\n{said}")

@@ -39,7 +39,7 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.data.images_per_group = 4
     config.loss_chunk = 64
     config.eval_every = config.num_steps
-    config.eval_batches = dict(smoke=2, default=12, full=16)[size]
+    config.eval_batches = dict(smoke=2, default=6, full=16)[size]
     config.checkpoint_every = max(20, config.num_steps // 4)
     if size == "smoke":  # shows sharding on any machine; without it, a step is a fifth faster
         config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = 2, 2, 4

@@ -10,9 +10,9 @@ def get_config(arg: str = "default") -> ConfigDict:
     config = stage2b_pretrain.get_config(common.model_name(arg))
     config = common.shape(config, arg, dict(smoke=15, default=80, full=200), peak=2e-3)
     # A text token is cheap here: this is where the LLM learns to read results.
-    config.data.mixture = (("captions", 1), ("reports", 0.2), ("lookups", 4))
+    config.data.mixture = (("captions", 4), ("reports", 0.2), ("lookups", 4))
     config.data.seq_len = 384
     if arg != "smoke":
         adapters = models.adapters_only(config.model)
-        config.trainable = ((r"vision_tower/.*", 0.0), (r"projector/.*", 3.0), *adapters)
+        config.trainable = ((r"vision_tower/.*", 0.0), (r"projector/.*", 1.0), *adapters)
     return config

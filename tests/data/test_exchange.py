@@ -58,9 +58,12 @@ def test_segmentation_text_is_exact():
 
 
 def test_classification_text_is_exact():
-    record = Annotation("k", "CXR", probabilities={"pneumonia": 0.984, "Pleural_Thickening": 0.5})
+    record = Annotation(
+        "k", "CXR", probabilities={"Pleural_Thickening": 0.5, "pneumonia": 0.984, "edema": 0.0}
+    )
     assert told(record, "Is it?", kind="classification") == (
-        "The resulting predictions are:\npneumonia: yes (0.98)\npleural thickening: no (0.50)\n"
+        "The resulting predictions are:\n"
+        "pneumonia: yes (0.98)\npleural thickening: no (0.50)\nedema: no (0.00)\n"
         "Analyze the image and take these predictions into account when responding to this prompt:\nIs it?"
     )
 

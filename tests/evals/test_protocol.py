@@ -124,6 +124,18 @@ def test_limit_spreads_over_clusters_and_is_deterministic():
     assert len(protocols.limit_items(items, 1000)) == len(items)
     with pytest.raises(UserError, match="at least 1"):
         protocols.limit_items(items, 0)
+    with pytest.raises(UserError, match="at least 1"):
+        protocols.limit_items(items, 3, 0)
+
+
+def test_questions_without_an_independent_label_have_a_limit_of_their_own():
+    kinds = [qa(oracle=False), qa(oracle=True), qa(expert=None)]
+    data = [example(f"e{p}", patient=f"p{p}", questions=kinds) for p in range(9)]
+    items = protocols.items_of(data, QUICKSTART)
+    kept = protocols.limit_items(items, 5, 2)
+    assert Counter((item.expert is None or item.oracle) for item in kept) == {False: 5, True: 2}
+    assert len(protocols.limit_items(items, 5)) == 5
+    assert len(protocols.limit_items(items, None, 2)) == 9 + 2
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,14 @@ def made():
     return list(lookups(400, random.Random(3)))
 
 
+def called(example):
+    """The turn with the call, or None."""
+    return example.turns[1].text if any(turn.role == "expert" for turn in example.turns) else None
+
+
 def pairs(example):
-    """(question, answer), without the result that precedes the first question."""
-    turns = example.turns
+    """(question, answer), without the call and the result that precede the first answer."""
+    turns = example.turns[2:] if called(example) else example.turns
     for user, assistant in zip(turns[::2], turns[1::2], strict=True):
         yield user.text.splitlines()[-1], assistant.text
 
@@ -39,14 +44,6 @@ def answer(result, question):
         if " a tumor" in question:
             return "no" if top == "no tumor" else "yes"
         return "yes" if f"{top} tumor" in question else "no"
-    if limits := re.search(r"under (\d+) ml, (\d+) to (\d+) ml, over (\d+) ml", question):
-        low, _, _, high = map(int, limits.groups())
-        name = re.search(r"(?:volume of|large is) the ([a-z ]+?) in this scan", question)[1]
-        return (
-            f"under {low} ml" if volumes[name] < low
-            else f"over {high} ml" if volumes[name] > high
-            else f"{low} to {high} ml"
-        )  # fmt: skip
     if listed := re.search(r"of ([a-z ]+), ([a-z ]+) and ([a-z ]+?) (?:are|that)", question):
         return ", ".join(name for name in listed.groups() if name in volumes) or "none"
     name = re.search(r"(?:Is|show|see) the ([a-z ]+?)(?: visible| here|\?)", question)
@@ -55,9 +52,30 @@ def answer(result, question):
 
 def test_every_answer_follows_from_the_result(made):
     for example in made:
-        result = example.turns[0].text
+        result = example.turns[2 if called(example) else 0].text
         for question, given in pairs(example):
             assert given == answer(result, question), (result, question)
+
+
+def test_half_of_them_call_the_expert_of_the_question_whose_card_is_shown(made):
+    wanted = {
+        "tumor": "BRAINTUMOR",
+        "brain image": "BRAINTUMOR",
+        "pneumonia": "PNEUMONIA",
+        "the brain": "BRAINSEG",
+    }
+    with_call = [example for example in made if called(example)]
+    assert 0.4 < len(with_call) / len(made) < 0.6
+    experts = collections.Counter()
+    for example in with_call:
+        *cards, question = example.turns[0].text.splitlines()
+        name = re.search(r"<([A-Z]+)\(", called(example))[1]
+        shown = [re.match(r"<([A-Z]+)\(args\)>", line)[1] for line in cards if line.startswith("<")]
+        assert name in shown and len(shown) == 2
+        assert name == next((expert for word, expert in wanted.items() if word in question), "ORGANS")
+        assert example.turns[1].supervised and question in example.turns[2].text
+        experts[name] += 1
+    assert len(experts) == 4
 
 
 def test_they_are_text_and_the_same_for_a_seed(made):

@@ -134,8 +134,18 @@ def test_volume_options_do_not_give_the_answer_away():
         for q in maker.dialogue(facts):
             if q.type == "brain_volume_range":
                 places[q.options.index(q.answer)] += 1
-                assert all(900 <= int(limit) <= 2000 for limit in re.findall(r"\d+", q.options[1]))
+                assert all(800 <= int(limit) <= 1800 for limit in re.findall(r"\d+", q.options[1]))
     assert len(places) == 3 and max(places.values()) - min(places.values()) <= 1
+
+
+@pytest.mark.parametrize(("ml", "asked"), [(1450.0, True), (1904.0, False), (300.0, False)])
+def test_the_volume_of_a_mask_that_is_no_brain_is_not_asked(ml, asked):
+    facts = Facts(
+        group="g", modality="MRI", region="head", plane="axial", brain=True, brain_source="mask",
+        brain_ml=ml, brain_volume_source="mask", expert="BRAINSEG",
+    )  # fmt: skip
+    questions = QuestionMaker(random.Random(0), training=False).dialogue(facts)
+    assert ("brain_volume_range" in {question.type for question in questions}) == asked
 
 
 @given(ml=st.floats(0.5, 6000), wanted=st.integers(0, 2), seed=st.integers(0, 99))

@@ -18,6 +18,7 @@ from vilam3_jax.datasets.phantoms import make_phantoms
 from vilam3_jax.datasets.samples import Sample, load_manifest, read_samples, write_index
 from vilam3_jax.datasets.slices import pick
 from vilam3_jax.quickstart import examples as quickstart
+from vilam3_jax.quickstart import questions
 from vilam3_jax.quickstart.films import film_variant
 from vilam3_jax.quickstart.volumes import LabelledVolume, merged_name, usable_axes
 
@@ -75,7 +76,7 @@ def test_dialogue_turns_and_questions_say_the_same(build):
         wanted = {(q["expert"], q["args"]) for q in qa if q["expert"]}
         assert wanted == {(r.expert, r.args) for r in example.expert_requests}
         helped = [2 * i + 1 for i, q in enumerate(qa) if q["expert"]]
-        assert [r.before_turn for r in example.expert_requests] == helped[:2]
+        assert [r.before_turn for r in example.expert_requests] == helped[:1]
         assert all(r.policy == "optional" for r in example.expert_requests)
 
 
@@ -246,15 +247,16 @@ def thick_head(tmp_path):
     )  # fmt: skip
 
 
-def test_training_heads_are_labelled_from_the_experts_record(thick_head, tmp_path):
+def test_training_heads_are_labelled_from_the_experts_record(thick_head, tmp_path, monkeypatch):
+    monkeypatch.setattr(questions, "_TRAINING_RANGES", 1.0)
     volume = load_volume(thick_head.path)
     mask = np.zeros(volume.voxels.shape, np.uint8)
-    mask[10:30, 10:38, 3:7] = 1
+    mask[9:31, 10:38, 3:7] = 1  # 924 ml
     ml = float(mask.sum()) * 5 * 5 * 15 / 1000
     record = Annotation(
         input_key=volume.content_key, expert="BRAINSEG", args="", status="ok", reason="", version="1",
         weights_sha256="0" * 64, probabilities={},
-        segments=(Segment(1, "brain", int(mask.sum()), ml, 1, (10, 10, 3, 30, 38, 7)),),
+        segments=(Segment(1, "brain", int(mask.sum()), ml, 1, (9, 10, 3, 31, 38, 7)),),
         labels=LabelMap.encode(mask, volume.affine), seconds=0.0,
     )  # fmt: skip
     with AnnotationWriter(tmp_path / "store") as writer:

@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", choices=("true", "blank"), help="default: the arm's, or true")
     add("--arm", help=f"name on the rows: {', '.join(arm_lib.ARMS)}, or your own; several with commas")
     add("--limit", type=int, help="maximum questions of each type, spread over patients")
+    add(
+        "--limit_other",
+        type=int,
+        help="the same for questions that no expert can answer, or that the expert itself labelled "
+        "(default: they share --limit)",
+    )
     add("--cards", help="card list shown to the model (default: the one it was trained with)")
     add("--text", help=TEXT_HELP)
     add("--batch_size", type=int, default=32, help="dialogues per batch (default: 32)")
@@ -121,7 +127,7 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
         raise UserError(f"{out}: is a file; --out names a folder here")
     examples, roots = read_split(options.data, protocol.split)
     everything = protocols.items_of(examples, protocol)
-    items = protocols.limit_items(everything, options.limit)
+    items = protocols.limit_items(everything, options.limit, options.limit_other)
     model = None if all(arm.name == arm_lib.MAJORITY for arm in arms) else _Model(options)
 
     def load_image(item: protocols.Item) -> np.ndarray:
@@ -145,6 +151,7 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
             "items": len(items),
             "items_without_limit": len(everything),
             "limit": options.limit,
+            "limit_other": options.limit_other,
             "seed": options.seed,
             "checkpoint": None if arm.name == arm_lib.MAJORITY else str(options.checkpoint),
             "text": None if arm.name == arm_lib.MAJORITY else model and dataclasses.asdict(model.rules),
@@ -203,7 +210,7 @@ def _finished() -> dict[str, Any]:
 
 
 def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol) -> None:
-    for flag in ("experts", "images", "arm", "limit", "annotations", "cards", "text"):
+    for flag in ("experts", "images", "arm", "limit", "limit_other", "annotations", "cards", "text"):
         if getattr(options, flag) is not None:
             raise UserError(f"--{flag}: has no effect on protocol {protocol.name}; leave it out")
     out = paths.as_path(options.out)

@@ -232,27 +232,36 @@ def _item(example: Example, position: int, qa: dict[str, Any]) -> Item:
     )
 
 
-def limit_items(items: Sequence[Item], per_type: int | None) -> list[Item]:
+def limit_items(items: Sequence[Item], per_type: int | None, per_other_type: int | None = None) -> list[Item]:
     """Keeps at most `per_type` items of each question type, spread evenly over clusters; None keeps all.
+
+    With `per_other_type`, `per_type` holds only for items that an expert can answer and did not label; the
+    others of a type are counted separately.
 
     Within a type, clusters take turns; within a cluster, items are ordered by the sha256 of their id. The
     choice depends on the items alone, so every condition asks the same questions. Order is kept.
     """
-    if per_type is None:
+    if per_type is None and per_other_type is None:
         return list(items)
-    if per_type < 1:
-        raise UserError(f"limit {per_type}: must be at least 1 question per type")
+    for limit in (per_type, per_other_type):
+        if limit is not None and limit < 1:
+            raise UserError(f"limit {limit}: must be at least 1 question per type")
 
     def key(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
 
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
     for item in items:
-        groups[item.question_type, item.cluster].append(item.id)
-    turns: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
-    for (kind, cluster), ids in groups.items():
-        turns[kind] += [(turn, key(cluster), name) for turn, name in enumerate(sorted(ids, key=key))]
-    kept = {name for of_type in turns.values() for _, _, name in sorted(of_type)[:per_type]}
+        other = per_other_type is not None and (item.expert is None or item.oracle)
+        groups[item.question_type, other, item.cluster].append(item.id)
+    turns: dict[tuple[str, bool], list[tuple[int, str, str]]] = defaultdict(list)
+    for (kind, other, cluster), ids in groups.items():
+        turns[kind, other] += [(turn, key(cluster), name) for turn, name in enumerate(sorted(ids, key=key))]
+    kept = {
+        name
+        for (_, other), of_type in turns.items()
+        for _, _, name in sorted(of_type)[: per_other_type if other else per_type]
+    }
     return [item for item in items if item.id in kept]
 
 

@@ -39,7 +39,8 @@ PHANTOM_MAPS = "ground-truth:generated label map"
 RUN_FILE = "quickstart.json"
 CPUINFO = Path("/proc/cpuinfo")
 STAGE4_ARMS = ("stage4_no_experts", "stage4_experts", "stage4_falsified", "stage4_blank", "majority")
-EVAL_LIMIT = {"smoke": 6, "default": 12, "full": 20}
+# Questions of each type that an expert can answer, and of each other type.
+EVAL_LIMITS = {"smoke": (6, 6), "default": (12, 6), "full": (20, 20)}
 _VILAM3, _EXPERTS = ("-m", "vilam3_jax.cli"), ("-m", "vilam3_experts")
 
 
@@ -127,7 +128,9 @@ def _evaluation(run: Path, data: Path, annotations: Path, size: str, base: tuple
     folder = run / "eval"
     scores = folder / "retrieval.json"
     steps = [step("retrieval", "stage1_vision", ("--protocol=retrieval@2",), scores, scores)]
-    questions = ("--protocol=quickstart@1", f"--limit={EVAL_LIMIT[size]}", f"--annotations={annotations}")
+    limit, other = EVAL_LIMITS[size]
+    questions = ("--protocol=quickstart@1", f"--limit={limit}", f"--limit_other={other}")
+    questions += (f"--annotations={annotations}",)
     out = folder / "stage3"
     flags = ("--arm=stage3", *questions)
     steps.append(step("stage3", "stage3_instruct", flags, out, out / "result.json"))
@@ -173,7 +176,7 @@ def run_chain(run: Path, samples: Path, size: str, fresh: bool, seed: int = 0) -
         if number == 1:
             steps += plan(run, samples, size, seed)
     print(f"written: {run / 'report.html'} (open it in a browser), {run / 'summary.json'} (the same figures)")
-    images = sorted(path for path in (run / "data" / "images").iterdir() if path.suffix in (".jpg", ".png"))
+    images = sorted(path for path in (run / "data" / "images").glob("*") if path.suffix in (".jpg", ".png"))
     shown = images[0] if images else "IMAGE"
     flags = (f"--checkpoint={run}", f"--annotations={run / 'annotations'}", f"--image={shown}")
     asked = shlex.join(("vilam3", "chat", *flags, "--prompt=Is a tumor visible in this image?"))

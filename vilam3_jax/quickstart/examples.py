@@ -52,8 +52,10 @@ _CT_WINDOWS = {
     "abdomen": ((50.0, 400.0), (40.0, 250.0), (60.0, 600.0), (400.0, 1800.0)),
 }
 _HELD_OUT_QUESTIONS = 9  # most in a dialogue
-_MAX_CALLS = 2  # in a dialogue; questions after them are answered from the results so far
-_MAX_ROUNDS = 4  # over the images of a rare expert, so that calling it can be learned
+_MAX_CALLS = 1  # in a dialogue; questions after them are answered from the results so far
+_MAX_ROUNDS = 6  # over the images of a rare expert, so that calling it can be learned
+# Kinds of questions that call an expert: one with more of them needs more dialogues.
+_KINDS_OF_CALLS = {"ORGANS": 3, "BRAINTUMOR": 3, "BRAINSEG": 2, "PNEUMONIA": 1}
 # Slices in which the brain is certainly visible or not, read by eye: (plane, slices, visible).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
     "pyradiomics_brain1": (("axial", range(0, 2), False), ("axial", range(3, 23), True)),
@@ -93,7 +95,7 @@ SIZES = {
         dialogues=2,
         reports=600,
         lookups=1200,
-        questions=3,
+        questions=4,
     ),
     "full": Size(slices=72, heldout_slices=20, films=40, captions=3, dialogues=3, reports=1800, lookups=2400),
 }
@@ -272,7 +274,7 @@ class ExampleBuilder:
         training = split == "train"
         limit = self.size.questions if training else _HELD_OUT_QUESTIONS
         maker = QuestionMaker(self._rng("questions", split), training=training, limit=limit)
-        calls: collections.Counter[str] = collections.Counter()
+        calls: dict[str, float] = collections.defaultdict(float)
         for number in range(_MAX_ROUNDS * self.size.dialogues if training else 1):
             # Shuffled: answers are balanced question by question, and neighbouring slices are alike.
             order = [image for image in images if self._in_round(number, image.facts.expert, calls)]
@@ -280,19 +282,20 @@ class ExampleBuilder:
             for image in order:
                 example = self._dialogue(image, split, number, maker.dialogue(image.facts))
                 if number < self.size.dialogues or example.expert_requests:
-                    calls.update(request.expert for request in example.expert_requests)
+                    for request in example.expert_requests:
+                        calls[request.expert] += 1 / _KINDS_OF_CALLS[request.expert]
                     yield "instruct", split, example
         for reason, count in maker.unasked.items():
             self.skipped[f"{split}: question not asked, {reason}"] += count
 
-    def _in_round(self, number: int, expert: str | None, calls: Mapping[str, int]) -> bool:
+    def _in_round(self, number: int, expert: str | None, calls: Mapping[str, float]) -> bool:
         """All images are in the first round of dialogues, those with an expert in `size.dialogues` rounds.
 
-        Later rounds have those whose expert was called less than half as often as the most frequent one.
+        Later rounds have those whose expert has fewer calls of a kind than the one with most.
         """
         if number == 0 or expert is None:
             return number == 0
-        return number < self.size.dialogues or calls.get(expert, 0) < 0.5 * max(calls.values(), default=0)
+        return number < self.size.dialogues or calls.get(expert, 0) < 0.9 * max(calls.values(), default=0)
 
     def _dialogue(self, image: LabelledImage, split: str, number: int, questions: list[Question]) -> Example:
         facts = image.facts

@@ -1,7 +1,8 @@
 """Look-ups: text-only dialogues about made-up expert results, which teach an LLM to read a result.
 
-Results are random, so no patient and no image is behind them. Wording and questions are those of real expert
-turns.
+Half of them begin one turn earlier, with cards and a question that is answered by a call: they teach which
+expert a question needs. Results are random, so no patient and no image is behind them. Wording and questions
+are those of real expert turns.
 """
 
 from __future__ import annotations
@@ -12,38 +13,41 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from vilam3_jax.data.examples import IMAGE_MARKER, Example, Turn
-from vilam3_jax.data.experts.exchange import Result, exchange
+from vilam3_jax.data.experts.cards import Card, load_cards
+from vilam3_jax.data.experts.exchange import Result, call_turn, exchange, with_cards
+from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.labels import label_universe
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment
 from vilam3_jax.data.experts.wording import Plane
-from vilam3_jax.quickstart.questions import TUMOR_CLASSES, Facts, Question, QuestionMaker
+from vilam3_jax.quickstart.questions import BRAIN_ML, TUMOR_CLASSES, Facts, Question, QuestionMaker
 from vilam3_jax.quickstart.volumes import BRAIN_EXPERT
 
 _QUESTIONS = 4  # per look-up
 _ORGANS = sorted(label_universe("ORGANS", "organs").items(), key=lambda item: item[1])
 _BRAIN = 1  # label id
-_BRAIN_ML = (950.0, 1600.0)
 _ORGAN_ML = (8.0, 2500.0)
 _SOURCE = "random result"
+_LEFT_OUT = ("brain_volume_range", "organ_volume_range")  # comparing numbers takes more than reading
 
 
 def lookups(count: int, rng: random.Random, split: str = "train") -> Iterator[Example]:
     """Yields at most `count` text-only dialogues of a split, the experts in turn.
 
-    Half of them show class probabilities of a tumor, whose questions take the most reading.
+    A third of them show class probabilities of a tumor, a third organs: these take the most reading.
     """
     maker = QuestionMaker(rng, training=True)
     kinds: tuple[Callable[[random.Random], tuple[Facts, Annotation]], ...] = (
         _tumor,
-        _brain,
-        _tumor,
         _organs,
         _tumor,
         _film,
+        _organs,
+        _brain,
     )
+    cards = load_cards("quickstart")
     for number in range(count):
-        facts, annotation = kinds[number % len(kinds)](rng)
-        asked = [question for question in maker.dialogue(facts) if question.expert is not None]
+        facts, annotation = kinds[number // 2 % len(kinds)](rng)
+        asked = [q for q in maker.dialogue(facts) if q.expert is not None and q.type not in _LEFT_OUT]
         rng.shuffle(asked)
         if asked:
             chosen = asked[:_QUESTIONS]
@@ -53,16 +57,29 @@ def lookups(count: int, rng: random.Random, split: str = "train") -> Iterator[Ex
                 "group": f"{split} lookup {number}",
                 "question_types": [question.type for question in chosen],
             }
-            turns = _turns(chosen, annotation)
+            shown = _two_cards(cards, annotation.expert, rng) if number % 2 else []
+            turns = _turns(chosen, annotation, shown)
             yield Example(f"lookups/{split}/{number}", "conversation", (), turns, (), meta)
 
 
-def _turns(asked: list[Question], annotation: Annotation) -> tuple[Turn, ...]:
+def _two_cards(cards: list[Card], expert: str, rng: random.Random) -> list[Card]:
+    """The card of `expert` and that of another one, in the order of `cards`."""
+    other = rng.choice([card.name for card in cards if card.name != expert])
+    return [card for card in cards if card.name in (expert, other)]
+
+
+def _turns(asked: list[Question], annotation: Annotation, cards: list[Card]) -> tuple[Turn, ...]:
+    """Questions about a result. With `cards`, a call answers the first one before the result is shown."""
     task = "classification" if annotation.probabilities else "segmentation"
     result = Result(annotation, task, Plane(2, 0) if task == "segmentation" else Plane())
     # Text only: the overlay that a real result shows is left out.
     first = exchange([result], asked[0].question).text.replace(IMAGE_MARKER, "shown")
     turns = [Turn("user", first), Turn("assistant", asked[0].answer, True)]
+    if cards:
+        called = [card for card in cards if card.name == annotation.expert]
+        call = call_turn(called, [Call(annotation.expert, annotation.args)])
+        opening = [Turn("user", asked[0].question), call, Turn("expert", first)]
+        turns = [*with_cards(opening, cards), turns[1]]
     for question in asked[1:]:
         turns += [Turn("user", question.question), Turn("assistant", question.answer, True)]
     return tuple(turns)
@@ -93,7 +110,7 @@ def _film(rng: random.Random) -> tuple[Facts, Annotation]:
 
 
 def _brain(rng: random.Random) -> tuple[Facts, Annotation]:
-    visible, ml = rng.random() < 0.6, rng.uniform(*_BRAIN_ML)
+    visible, ml = rng.random() < 0.6, rng.uniform(*BRAIN_ML)
     facts = Facts(
         group="", modality="MRI", region="head", plane="axial", expert=BRAIN_EXPERT,
         brain=visible, brain_source=_SOURCE, brain_ml=ml if visible else None, brain_volume_source=_SOURCE,

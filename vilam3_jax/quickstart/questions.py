@@ -24,12 +24,15 @@ TUMOR_CLASSES = ("glioma", "meningioma", "pituitary", "no tumor")
 NONE_VISIBLE = "none"
 # Round volumes in ml that the ranges of a volume question may start or end at.
 VOLUME_STEPS = (5, 10, 20, 50, 100, 200, 300, 500, 750, 1000, 1250, 1500, 2000, 2500, 3000, 4000)
-# The same for a brain, which has 900 to 1,600 ml; masks that include the fluid around it exceed that.
-BRAIN_STEPS = (900, 1000, 1100, 1200, 1300, 1400, 1500, 1600, 1800, 2000)
+# The same for a brain.
+BRAIN_STEPS = (800, 900, 1000, 1100, 1200, 1300, 1400, 1500, 1600, 1800)
+# A brain has 900 to 1,600 ml. The volume of a mask that includes the fluid around it is not asked about.
+BRAIN_ML = (900.0, 1600.0)
 _VOLUME_MARGIN = 0.12  # no limit closer to the true volume: rounding would decide the answer
 _SLACK = 2  # largest lead of one answer over the rarest other one of its kind
 # Largest lead for one organ in training: 3, plus 15 % of the questions about it.
 _ORGAN_SLACK, _ORGAN_SHARE = 3, 0.15
+_TRAINING_RANGES = 0.25  # share of possible questions about the volume of a brain
 _LEAST_ORGANS = 4  # one question of each type, of which a short dialogue has a few
 
 # The first phrase of each type is canonical: held-out questions use no other.
@@ -311,7 +314,10 @@ class QuestionMaker:
         visible, source = "brain_visible", facts.brain_source
         expert = {"expert": facts.expert == "BRAINSEG", "oracle": facts.brain_oracle}
         asked = self._ask_balanced(facts, visible, facts.brain, source, **expert)
-        if facts.brain_ml is not None and facts.brain:
+        # Few in training: ranges are hard to learn and would crowd out the other questions.
+        wanted = not self.training or self.rng.random() < _TRAINING_RANGES
+        low, high = BRAIN_ML
+        if facts.brain_ml is not None and low <= facts.brain_ml <= high and facts.brain and wanted:
             source, oracle = facts.brain_volume_source, facts.brain_volume_oracle
             asked += self._volume(facts, "brain_volume_range", "brain", facts.brain_ml, source, oracle)
         return asked

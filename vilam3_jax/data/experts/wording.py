@@ -76,8 +76,8 @@ class Wording:
         ) + (f"Separate parts in the scan: {lesions}. " if lesions else "")
 
     def classification(self, annotation: Annotation, threshold: float = THRESHOLD) -> str:
-        """Class probabilities; a class above `threshold` counts as present."""
-        shown = self.probabilities(annotation).items()
+        """Class probabilities, the most probable first; a class above `threshold` counts as present."""
+        shown = sorted(self.probabilities(annotation).items(), key=lambda item: (-item[1], item[0]))
         lines = [f"{class_name(n)}: {'yes' if p > threshold else 'no'} ({p:.2f})\n" for n, p in shown]
         return "The resulting predictions are:\n" + "".join(lines)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # modules are imported for their docstrings, never run
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # modules are imported for their docstrings only
 
 ROOT = Path(__file__).parents[1]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
@@ -22,6 +22,7 @@ version = release = str(CITATION["version"])
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 highlight_language = "none"
+smartquotes = False
 nitpicky = True
 nitpick_ignore_regex = [
     # Other projects: their inventories would need the internet.
@@ -47,6 +48,7 @@ maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 autoclass_content = "both"  # arguments are described in `__init__`
 autodoc_default_options = {"members": True, "exclude-members": "main"}
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -121,6 +123,24 @@ def read_source(app, docname, content):
         content[0] += "".join(toctrees(content[0]))
 
 
+def plain_defaults(app, what, name, obj, options, signature, result):
+    """Writes `...` for defaults such as `<factory>`, which Sphinx cannot parse."""
+    return (re.sub(r"<[^<>]+>", "...", signature), result) if signature else None
+
+
+def without_generated(app, what, name, obj, options, lines):
+    """Removes what NamedTuple writes about a class and its fields."""
+    if what == "class":
+        lines[:] = [line for line in lines if not line.startswith("Create new instance of ")]
+
+
+def skip_generated(app, what, name, obj, skip, options):
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number ") else None
+
+
 def setup(app):
     app.connect("source-read", read_source)
+    app.connect("autodoc-process-signature", plain_defaults)
+    app.connect("autodoc-process-docstring", without_generated)
+    app.connect("autodoc-skip-member", skip_generated)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

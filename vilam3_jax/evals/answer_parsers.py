@@ -75,7 +75,7 @@ def parse_list(text: str, options: Sequence[str] = ()) -> str | None:
 
 
 def parse_subset(text: str, options: Sequence[str]) -> str | None:
-    """The options of a list, in the order of `options` and joined by commas; None if it names anything else."""
+    """The options of a list, in the order of `options`, joined by commas; None if it names anything else."""
     listed = parse_list(text)
     wanted = {normalise(option): option for option in options}
     if listed is None or any(part not in wanted for part in listed.split(", ")):

@@ -116,7 +116,7 @@ def test_links_on_the_site(site, link, expected, in_repository):
 
 
 def test_navigation_of_the_site(site):
-    index = "# All\n[x](x.md)\n## One\n[y](y.md#a), [x](x.md), `[n](n.md)`\n## Two\n[z](z/index.md), [w](z/w.md)\n"
+    index = "[x](x.md)\n## One\n[y](y.md#a), [x](x.md), `[n](n.md)`\n## Two\n[z](z/index.md), [w](z/w.md)\n"
     assert [tree.split() for tree in site.toctrees(index)] == [
         ["```{toctree}", ":hidden:", ":maxdepth:", "1", "x", "```"],
         ["```{toctree}", ":hidden:", ":caption:", "One", "y", "```"],

@@ -8,7 +8,7 @@ SAMPLES ?= .cache/samples
 QUICKSTART_FLAGS := $(if $(FULL),--size=full) $(if $(FRESH),--fresh) $(if $(SEED),--seed=$(SEED))
 MANIFESTS := setup.cfg pyproject.toml experts/setup.cfg experts/pyproject.toml constraints/py311.txt constraints/py312.txt
 
-.PHONY: help install install-dev quickstart smoke resume-demo test test-all lint format types clean
+.PHONY: help install install-dev quickstart smoke resume-demo test test-all lint format types docs clean
 
 help:
 	@echo "make quickstart   everything on this machine: install, experts, all stages, evaluation, a report"
@@ -19,6 +19,7 @@ help:
 	@echo "make resume-demo  kills a run of two processes and resumes it on another mesh: the same samples, the same losses"
 	@echo "make install      the user's packages; make install-dev adds those of the tests and of vilam3 plan"
 	@echo "make lint types   ruff and pyright; make format rewrites"
+	@echo "make docs         the documentation site, in build/docs; a broken link or a page without an entry fails"
 
 install: $(VENV)/.installed
 
@@ -66,6 +67,11 @@ format: install-dev
 
 types: install-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# -E: every page is read, so that a warning does not disappear in the second build.
+docs: install-dev
+	$(BIN)/sphinx-build -q -E -W --keep-going docs build/docs
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf runs .cache build experts/build *.egg-info experts/*.egg-info

@@ -73,7 +73,7 @@ class ExpertInputs:
 
     @property
     def data(self) -> Data | dict[str, Data]:
-        """Argument of `Expert.run`: the single input, or role to input."""
+        """Argument of `Expert.run`, either the single input or a dict of role to input."""
         return self.first if self.roles == ("",) else dict(self.items)
 
     @property

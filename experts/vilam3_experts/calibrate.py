@@ -268,7 +268,7 @@ def log_loss(p: np.ndarray, y: np.ndarray) -> float:
 
 
 def ece(p: np.ndarray, y: np.ndarray) -> float:
-    """Expected calibration error: weighted mean of |mean of p - mean of y| over ten bins of equal width."""
+    """Expected calibration error: weighted mean of `|mean(p) - mean(y)|` over ten bins of equal width."""
     bins = np.minimum((p * _BINS).astype(int), _BINS - 1)
     gaps = np.bincount(bins, p - y, minlength=_BINS)
     return float(np.abs(gaps).sum() / p.size)

@@ -48,7 +48,7 @@ def compare(
 
 
 def label_overlaps(first: Annotation, second: Annotation) -> dict[str, float]:
-    """Dice coefficient, 2 |A and B| / (|A| + |B|), of each label that both know and at least one found."""
+    """Dice coefficient, `2 |A and B| / (|A| + |B|)`, of each label that both know and at least one found."""
     if first.labels is None or second.labels is None or first.labels.shape != second.labels.shape:
         return {}
     if np.abs(np.subtract(first.labels.affine, second.labels.affine)).max() > _SAME_PLACE_MM:

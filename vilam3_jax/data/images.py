@@ -145,7 +145,7 @@ def load_image(
 
 
 def load_pixels(path: PathLike, *, alpha: Alpha = "white") -> np.ndarray:
-    """Returns the pixels of `load_image`, [H, W, 3] uint8; its notes become `InputWarning`s."""
+    """Returns the pixels of `load_image`, [H, W, 3] uint8; its notes are issued as `InputWarning`."""
     image = load_image(path, alpha=alpha)
     warn_of(image.notes, path)
     return image.pixels

@@ -159,7 +159,7 @@ def _vicuna(name: str, system: str, trained_spaces: Callable[[str], str] = norma
 
 CHATML = _chatml("chatml")
 # LLMs use the first token as an attention sink, so it must not be an image from an untrained projector
-# (docs/training.md, "The first token").
+# (docs/training_data.md, "The first token").
 PLAIN = Template(
     name="plain", headers=_SILENT, ends=_SILENT, start=(Bos(),), stop=("\n",), trained_spaces=str
 )

@@ -115,7 +115,7 @@ def load_volume(
 
     Returns:
       The volume. NaN and -inf become the smallest finite value, +inf the largest. Its `notes` are also issued
-      as `InputWarning`s.
+      as `InputWarning`.
 
     Raises:
       UnavailableError: the disk or the network fails.

@@ -69,13 +69,13 @@ def parse_number_range(text: str, options: Sequence[str]) -> str | None:
 
 
 def parse_list(text: str, options: Sequence[str] = ()) -> str | None:
-    """The names of a list, sorted and joined by `, `."""
+    """The names of a list, sorted and joined by commas."""
     parts = {normalise(part) for part in re.split(r",|;|\band\b", text)} - {""}
     return ", ".join(sorted(parts)) or None
 
 
 def parse_subset(text: str, options: Sequence[str]) -> str | None:
-    """The options of a list, in the order of `options` and joined by `, `; None if it names anything else."""
+    """The options of a list, in the order of `options`, joined by commas; None if it names anything else."""
     listed = parse_list(text)
     wanted = {normalise(option): option for option in options}
     if listed is None or any(part not in wanted for part in listed.split(", ")):

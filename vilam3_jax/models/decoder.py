@@ -265,7 +265,7 @@ class Decoder(nnx.Module):
 
         Args:
           cfg: the section `model.llm`.
-          layer: class of the stacked layers, called with (cfg, **init).
+          layer: class of the stacked layers, called with `(cfg, **init)`.
           norm: class of the final norm.
           embed: class of the embedding table.
           kinds: kind of every layer.

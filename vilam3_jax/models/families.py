@@ -104,7 +104,7 @@ def of_model_type(model_type: str) -> ModelFamily | None:
 
 
 def model_types() -> list[str]:
-    """All `model_type`s that some family reads."""
+    """All values of `model_type` that some family reads."""
     _load()
     return sorted(kind for family in _registry.values() for kind in family.hugging_face.model_types)
 

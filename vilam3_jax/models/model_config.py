@@ -99,7 +99,7 @@ class ModelConfig(Section):
 
     @property
     def tokens_per_image(self) -> int:
-        """T: positions of one image in the text."""
+        """Positions of one image in the text (T)."""
         assert self.projector is not None
         grid = self.vision_tower.image_size // self.vision_tower.patch_size
         layers = layers_of(self.projector.type, self.projector_width, self.llm.hidden_size)

@@ -64,7 +64,7 @@ class TowerConfig(Section):
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """Colour of the padding of mode 'pad': the tower's mean pixel, rounded down as in VILA."""
+        """Colour of the padding of mode 'pad', the tower's mean pixel, rounded down as in VILA."""
         red, green, blue = (int(255 * mean) for mean in self.image_mean)
         return red, green, blue
 

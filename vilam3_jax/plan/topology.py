@@ -49,12 +49,12 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """`v5p:4x4x4`, with `2x` before it for two slices."""
+        """The name that `parse` reads, with the number of slices if there are several."""
         return f"{self._prefix}{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def product(self) -> str:
-        """The product name: `v5p-128`."""
+        """The name of the product, such as `v5p-128`."""
         name = "v5litepod" if self.chip.name == "v5e" else self.chip.name
         return f"{self._prefix}{name}-{math.prod(self.shape) * (2 if self.chip.cores_in_name else 1)}"
 

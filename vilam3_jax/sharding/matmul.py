@@ -52,14 +52,14 @@ def linear(
     the same way, and partial results are summed.
 
     Args:
-      x: [batch, *in_features] or [batch, length, *in_features].
+      x: `[batch, *in_features]` or `[batch, length, *in_features]`.
       weight: matrix [in, out]: an array, a `quantized.QuantizedKernel` or a `Weight` of one.
       in_features: trailing axes of `x`, whose product is `in`.
       out_features: trailing axes of the result, whose product is `out`. TPUs write heads in the layout that
         attention reads, without a copy.
 
     Returns:
-      [batch, *out_features] or [batch, length, *out_features].
+      `[batch, *out_features]` or `[batch, length, *out_features]`.
     """
     weight = as_weight(weight)
     leading = x.ndim - len(in_features)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from vilam3_jax.evals import tables
+from vilam3_jax.evals import statistics, tables
 from vilam3_jax.report import charts, dialogues, finding, formatting, plots, runs
 from vilam3_jax.report.samples import Samples
 
@@ -30,7 +30,12 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters |= dict(inspect.getmembers(formatting, inspect.isfunction))
-_ENVIRONMENT.globals |= {"key_mark": plots.key_mark, "highlighted": formatting.HIGHLIGHTED_ARM}
+_ENVIRONMENT.globals |= {
+    "key_mark": plots.key_mark,
+    "highlighted": formatting.HIGHLIGHTED_ARM,
+    "too_few": statistics.TOO_FEW,
+    "min_clusters": statistics.MIN_CLUSTERS,
+}
 
 
 def quickstart_page(run: runs.Run, document: Mapping[str, Any], samples: Samples) -> str:

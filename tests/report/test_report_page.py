@@ -308,7 +308,7 @@ def colours(png):
 
 
 def test_overlay_and_legend_are_what_the_expert_said(made):
-    source = Samples(made)
+    source = Samples(made / "data", made / "annotations")
     row = picked(made, "stage4_experts", "ORGANS")
     true = source.images(row)
     assert true.caption == "axial slice 20" and colours(true.image) == 0
@@ -321,7 +321,7 @@ def test_overlay_and_legend_are_what_the_expert_said(made):
 
 
 def test_no_overlay_without_a_label_map_a_call_or_a_result(made):
-    source = Samples(made)
+    source = Samples(made / "data", made / "annotations")
     film = source.images(picked(made, "stage4_experts", "PNEUMONIA"))
     assert film.image and film.overlay is None and film.legend == ()
     row = picked(made, "stage4_experts", "ORGANS")
@@ -332,7 +332,7 @@ def test_no_overlay_without_a_label_map_a_call_or_a_result(made):
 
 def test_slices_keep_their_proportions(made):
     """The phantom's voxels are 8 x 8 x 10 mm: 40 of them are 320 by 400 mm in a coronal slice."""
-    source = Samples(made)
+    source = Samples(made / "data", made / "annotations")
     row = picked(made, "stage4_experts", "ORGANS")
     example, data = source._examples[row["item"].rsplit("/q", 1)[0]]
     ref = fake_run.ImageRef(path=example.images[0].path, axis=1, index=20, window=(50.0, 400.0))
@@ -342,5 +342,5 @@ def test_slices_keep_their_proportions(made):
 
 
 def test_licences_are_grouped(made):
-    found = Samples(made).licences()
+    found = Samples(made / "data", made / "annotations").licences()
     assert [(one.modality, one.samples) for one in found] == [("CT", 2), ("chest X-ray", 12)]

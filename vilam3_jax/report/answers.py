@@ -75,7 +75,7 @@ def collect(
       arms: evaluations of one protocol.
       limit: maximum number of questions. If there are more, those whose hash is smallest are shown, so the
         choice does not depend on the answers.
-      data, annotations: folders of images and of annotations; None: those that each arm's `result.json` names.
+      data, annotations: folders of images and of annotations; None: those that `result.json` names.
 
     Raises:
       UserError: the arms ask different questions under one name.
@@ -208,4 +208,5 @@ def _entry(questions: Sequence[Question], samples: Mapping[str, Samples], proble
         image = image or rendered
         if rendered.overlay is not None:
             overlays.append(rendered)
+    overlays.sort(key=lambda one: one.falsified)
     return Entry(image, tuple(overlays), problem, tuple(questions))

@@ -52,6 +52,11 @@ class Arm:
         return str(self._settings.get("experts", "off"))
 
     @property
+    def images(self) -> str:
+        """`true` or `blank`."""
+        return str(self._settings.get("images", "true"))
+
+    @property
     def is_majority(self) -> bool:
         """Whether the most frequent training answer stands in for a model."""
         return self._settings.get("name") == "majority"

@@ -41,6 +41,7 @@ class RowImages:
       caption: its plane and index.
       overlay: the same slice with the expert's labels, or None.
       overlay_caption: names the expert.
+      falsified: whether the labels are deliberately wrong.
       legend: (CSS colour, name) of the labels on the slice.
     """
 
@@ -48,6 +49,7 @@ class RowImages:
     caption: str
     overlay: bytes | None = None
     overlay_caption: str = ""
+    falsified: bool = False
     legend: tuple[tuple[str, str], ...] = ()
 
 
@@ -151,14 +153,15 @@ class Samples:
         record = self._record(row, str(example.meta["input_key"]))
         if record is None or record.labels is None or ref.axis is None:
             return RowImages(self._encode(image), caption)
+        is_false = row.get("falsify_seed") is not None
         overlay = expert_overlay(record, image, axis=ref.axis, index=ref.index)
         names = {i: name for i, name, *_ in visible_segments(record, axis=ref.axis, index=ref.index)}
         return RowImages(
             image=self._encode(image),
             caption=caption,
             overlay=self._encode(overlay),
-            overlay_caption=f"labels of {record.expert}"
-            + ("" if row.get("falsify_seed") is None else " (falsified)"),
+            overlay_caption=f"labels of {record.expert}{' (falsified)' if is_false else ''}",
+            falsified=is_false,
             legend=tuple((_CSS[colour], label) for colour, label in legend(names, list(names)).items()),
         )
 

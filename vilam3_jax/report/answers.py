@@ -81,7 +81,7 @@ def collect(
       UserError: the arms ask different questions under one name.
     """
     questions = _questions(arms)
-    chosen = sorted(sorted(questions, key=_hash)[:limit], key=lambda item: _order(questions[item]))
+    chosen = sorted(sorted(questions, key=_hash)[:limit], key=_order)
     wanted = {item.rpartition("/q")[0] for item in chosen}
     samples, notes = _open(arms, wanted, data, annotations)
     return Answers(
@@ -112,11 +112,9 @@ def _hash(item: str) -> bytes:
     return hashlib.sha256(item.encode("utf-8", "surrogatepass")).digest()
 
 
-def _order(question: Question) -> list[Any]:
-    """By patient, then by item, with numbers in numerical order; slices of one volume are adjacent."""
-    row = question.rows[0]
-    parts = re.split(r"(\d+)", f"{row['cluster']}\0{row['item']}")
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+def _order(item: str) -> list[tuple[int, str]]:
+    """Orders items by name, with numbers in numerical order, so that slices of one volume are adjacent."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", item)]
 
 
 def _open(

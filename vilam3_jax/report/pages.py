@@ -38,7 +38,6 @@ _ENVIRONMENT.filters |= dict(inspect.getmembers(formatting, inspect.isfunction))
 _ENVIRONMENT.globals |= {
     "key_mark": plots.key_mark,
     "highlighted": formatting.HIGHLIGHTED_ARM,
-    "too_few": statistics.TOO_FEW,
     "min_clusters": statistics.MIN_CLUSTERS,
 }
 

@@ -52,7 +52,7 @@ class Answers:
       arms: in the order of the page.
       entries: those shown.
       shown, total: numbers of questions.
-      notes: sentences about folders that are missing.
+      notes: sentences about folders that are missing or damaged.
     """
 
     arms: tuple[runs.Arm, ...]
@@ -123,7 +123,7 @@ def _open(
     data: paths.PathLike | None,
     annotations: paths.PathLike | None,
 ) -> tuple[dict[str, Samples], tuple[str, ...]]:
-    """(arm -> its data, for the arms whose data are there; sentences about missing folders)."""
+    """(arm -> its data, for the arms whose data can be read; sentences about the others)."""
     opened: dict[tuple[str, str], Samples] = {}
     found: dict[str, Samples] = {}
     notes: list[str] = []
@@ -144,16 +144,19 @@ def _open(
         # Arms without experts share the data of one with experts.
         same = [key for key in opened if key[0] == folder and store in ("", key[1])]
         key = same[0] if same else (folder, store)
-        if key not in opened:
-            protocol = arm.result.get("protocol") or {}
-            opened[key] = Samples(
-                folder,
-                store or None,
-                split=protocol.get("split"),
-                wanted=frozenset(wanted),
-                preprocessing=_preprocessing(arm),
-                encode=encode_jpeg,
-            )
+        try:
+            if key not in opened:
+                opened[key] = Samples(
+                    folder,
+                    store or None,
+                    split=arm.split,
+                    wanted=frozenset(wanted),
+                    preprocessing=_preprocessing(arm),
+                    encode=encode_jpeg,
+                )
+        except UserError as error:
+            notes.append(f"Images are left out: {error}.")
+            continue
         found[arm.name] = opened[key]
     return found, tuple(dict.fromkeys(notes))
 

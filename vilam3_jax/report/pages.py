@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from vilam3_jax.errors import UserError
 from vilam3_jax.evals import statistics, tables
 from vilam3_jax.report import answers, charts, dialogues, finding, formatting, plots, runs
 from vilam3_jax.report.samples import Samples
@@ -107,7 +108,7 @@ def answers_page(found: answers.Answers, name: str) -> str:
       name: of the run.
     """
     rows = [row for arm in found.arms for row in arm.rows]
-    summaries = [dataclasses.asdict(one) for one in statistics.summarise(rows)]
+    summaries = [dataclasses.asdict(one) for arm in found.arms for one in _summaries(arm)]
     main, oracle = (arms_table(summaries, oracle=oracle) for oracle in (False, True))
     types = sorted({str(row["question_type"]) for row in rows})
     called = sorted({str(row["expert_called"]) for row in rows if row.get("expert_called")})
@@ -126,6 +127,17 @@ def answers_page(found: answers.Answers, name: str) -> str:
         script=markupsafe.Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _summaries(arm: runs.Arm) -> list[statistics.Summary]:
+    """The figures that `vilam3 evaluate` stored, or, without them, those of the rows; a bootstrap is slow."""
+    stored = arm.result.get("summaries")
+    if stored is None:
+        return statistics.summarise(arm.rows)
+    try:
+        return [statistics.Summary(**{**one, "arm": arm.name}) for one in stored]
+    except TypeError as error:
+        raise UserError(f"{arm.name}/result.json: 'summaries' is damaged; evaluate again") from error
 
 
 def _conditions(arm: runs.Arm) -> str:

@@ -57,6 +57,12 @@ class Arm:
         return str(self._settings.get("images", "true"))
 
     @property
+    def split(self) -> str | None:
+        """The split whose questions were asked, if recorded."""
+        protocol = self.result.get("protocol")
+        return protocol.get("split") if isinstance(protocol, dict) else None
+
+    @property
     def is_majority(self) -> bool:
         """Whether the most frequent training answer stands in for a model."""
         return self._settings.get("name") == "majority"

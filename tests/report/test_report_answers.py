@@ -227,7 +227,7 @@ def test_an_unfinished_evaluation_is_not_shown(own):
 def test_evaluations_that_do_not_belong_together_are_refused(own, capsys):
     note(own, "majority", protocol_hash="q")
     assert cli.main(["report", f"--workdir={own}"]) == 2
-    assert "majority/result.json: another protocol than in stage4_experts" in capsys.readouterr().err
+    assert "stage4_experts/result.json: another protocol than in majority" in capsys.readouterr().err
     note(own, "majority", protocol_hash="p")
     change(own, "majority", lambda row: row.update(gold="else"))
     with pytest.raises(UserError, match="is another question in"):

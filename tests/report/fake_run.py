@@ -22,6 +22,7 @@ from vilam3_jax.report.runs import ARMS, STAGES
 
 ORGANS = {1: "liver", 3: "spleen", 6: "aorta", 11: "bladder"}
 EXPERTS = {"stage4_experts": "on", "stage4_falsified": "falsified"}
+IMAGES = {"stage4_blank": "blank"}
 SHARE = dict(zip(ARMS, (0.85, 0.55, 0.3, 0.4, 0.45, 0.5), strict=True))
 
 
@@ -138,7 +139,7 @@ def make_row(arm, one, position, qa, note):
         "modality": one.meta["modality"],
         "question_type": qa["type"], "label_source": qa["label_source"], "oracle": qa["oracle"],
         "question": qa["question"], "gold": qa["answer"], "output": output,
-        "correct": right, "unparsed": unparsed,
+        "parsed": None if unparsed else output, "correct": right, "unparsed": unparsed,
         "expert": qa["expert"],
     }  # fmt: skip
     if arm == "majority":
@@ -212,7 +213,13 @@ def make_run(folder, **data):
         (folder / "eval" / arm / "result.json").write_text(
             json.dumps(
                 {
-                    "arm": {"name": arm, "experts": EXPERTS.get(arm, "off")},
+                    "arm": {
+                        "name": arm,
+                        "experts": EXPERTS.get(arm, "off"),
+                        "images": IMAGES.get(arm, "true"),
+                    },
+                    "data": str(folder / "data"),
+                    "annotations": str(folder / "annotations"),
                     "protocol_hash": "p",
                     "items_hash": "i",
                 }

@@ -21,6 +21,7 @@ from vilam3_jax.report import dialogues, main, runs
 from vilam3_jax.report.samples import SIDE, Samples
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
+ANSWERS = "report_answers.html"
 HOSTILE = '</script><img src=x onerror="alert(1)">\'"&<svg/onload=alert(2)>'
 
 
@@ -79,7 +80,7 @@ def page(written):
 
 def test_loads_nothing_from_anywhere(page, written):
     assert page.links
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert all(link.startswith(("data:image/png;base64,", "#", ANSWERS)) for link in page.links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.handlers == []
     text = (written / "report.html").read_text()
@@ -89,7 +90,7 @@ def test_loads_nothing_from_anywhere(page, written):
 
 
 def test_links_inside_the_page_have_their_target(page):
-    assert page.tags.count("a") == 7
+    assert page.tags.count("a") == 7 + 1 and page.links.count(ANSWERS) == 1
     anchors = {link[1:] for link in page.links if link.startswith("#")}
     assert anchors == set(page.ids) and len(page.ids) == len(set(page.ids))
 
@@ -102,7 +103,7 @@ def test_links_inside_the_page_have_their_target(page):
         tables.MAIN_TITLE,
         tables.ORACLE_TITLE,
         "The model uses its experts: on 12 held-out questions of 12 patients that an expert can",
-        "too few volumes for an interval",
+        "† Too few patients or volumes for a 95 % interval: fewer than 10.",
         "Stage 2b, pre-train",
         "tokens per second",
         "Held-out, swapped",
@@ -130,6 +131,12 @@ def test_links_inside_the_page_have_their_target(page):
 )
 def test_holds(page, words):
     assert words in page.text
+
+
+def test_missing_intervals_are_explained_once(page, written):
+    assert page.texts.count("†") == 2 + 5  # rows of the oracle table, and differences
+    assert page.text.count("Too few patients or volumes") == 1
+    assert "too few volumes for an interval" not in page.text
 
 
 def test_a_dozen_dialogues_right_and_wrong_with_images(page):
@@ -166,12 +173,18 @@ def test_summary_is_written_beside_the_page(written):
 
 
 def test_hostile_text_is_shown_as_text(run):
-    path = run / "eval" / "stage4_experts" / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        row |= {"output": HOSTILE, "question": HOSTILE, "expert_text": HOSTILE, "gold": HOSTILE}
-        row |= {"question_type": HOSTILE, "label_source": HOSTILE, "cluster": HOSTILE, "modality": HOSTILE}
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for arm in runs.ARMS:
+        path = run / "eval" / arm / "rows.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row |= {"output": HOSTILE, "question": HOSTILE, "expert_text": HOSTILE, "gold": HOSTILE}
+            row |= {
+                "question_type": HOSTILE,
+                "label_source": HOSTILE,
+                "cluster": HOSTILE,
+                "modality": HOSTILE,
+            }
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "quickstart.json").write_text(
         json.dumps(
             {
@@ -186,7 +199,7 @@ def test_hostile_text_is_shown_as_text(run):
     page = Page(text)
     assert HOSTILE in page.text
     assert page.handlers == [] and "script" not in page.tags
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert all(link.startswith(("data:image/png;base64,", "#", ANSWERS)) for link in page.links)
     assert "<svg/onload" not in text
 
 
@@ -308,7 +321,7 @@ def colours(png):
 
 
 def test_overlay_and_legend_are_what_the_expert_said(made):
-    source = Samples(made)
+    source = Samples(made / "data", made / "annotations")
     row = picked(made, "stage4_experts", "ORGANS")
     true = source.images(row)
     assert true.caption == "axial slice 20" and colours(true.image) == 0
@@ -321,7 +334,7 @@ def test_overlay_and_legend_are_what_the_expert_said(made):
 
 
 def test_no_overlay_without_a_label_map_a_call_or_a_result(made):
-    source = Samples(made)
+    source = Samples(made / "data", made / "annotations")
     film = source.images(picked(made, "stage4_experts", "PNEUMONIA"))
     assert film.image and film.overlay is None and film.legend == ()
     row = picked(made, "stage4_experts", "ORGANS")
@@ -332,7 +345,7 @@ def test_no_overlay_without_a_label_map_a_call_or_a_result(made):
 
 def test_slices_keep_their_proportions(made):
     """The phantom's voxels are 8 x 8 x 10 mm: 40 of them are 320 by 400 mm in a coronal slice."""
-    source = Samples(made)
+    source = Samples(made / "data", made / "annotations")
     row = picked(made, "stage4_experts", "ORGANS")
     example, data = source._examples[row["item"].rsplit("/q", 1)[0]]
     ref = fake_run.ImageRef(path=example.images[0].path, axis=1, index=20, window=(50.0, 400.0))
@@ -342,5 +355,5 @@ def test_slices_keep_their_proportions(made):
 
 
 def test_licences_are_grouped(made):
-    found = Samples(made).licences()
+    found = Samples(made / "data", made / "annotations").licences()
     assert [(one.modality, one.samples) for one in found] == [("CT", 2), ("chest X-ray", 12)]

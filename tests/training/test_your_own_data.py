@@ -70,12 +70,16 @@ def test_every_command_of_the_page_works(folder, capsys):
     out = capsys.readouterr().out
     assert [one.split(" --")[0] for one in ran] == [
         "prepare table", "prepare instructions", "data check", "train", "evaluate", "evaluate",
-        "evaluate compare", "chat",
+        "evaluate compare", "report", "chat",
     ]  # fmt: skip
     assert "⟦effusion<|im_end|>⟧" in out and "majority - mine" in out
     config = exports.load_model_config("my/run/export")
     assert config.llm.lora_rank == 16
-    rows = [json.loads(line) for line in Path("my/mine/rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("my/run/eval/mine/rows.jsonl").read_text().splitlines()]
     assert rows and {row["question_type"] for row in rows} == {"finding"}
+    answers = Path("my/run/report_answers.html").read_text()
+    assert answers.count('class="question"') == len(rows) and answers.count('class="reply"') == 2 * len(rows)
+    assert answers.count("<img ") == len({row["item"].rpartition("/q")[0] for row in rows})
+    assert "report_answers.html" in Path("my/run/report.html").read_text()
     with vilam3_jax.load("my/run") as assistant:
         assert isinstance(assistant.ask("films/f1.png", "Is there an effusion?").answer, str)

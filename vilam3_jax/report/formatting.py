@@ -7,10 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from vilam3_jax.evals.statistics import TOO_FEW
 
 NONE = "–"
+FEW = Markup('<span class="few" title="{}">†</span>').format(TOO_FEW)
 HIGHLIGHTED_ARM = "stage4_experts"
+_MAX_TEXT = 4000
 _NARROW = "\u202f"  # narrow no-break space
 _STAGES = {
     "stage1_vision": "Stage 1, vision",
@@ -70,13 +74,13 @@ def points(value: float) -> str:
 
 
 def interval(ends: Sequence[float] | None) -> str:
-    """A 95 % interval of a share in percent, or why there is none."""
-    return f"{100 * ends[0]:.0f} to {100 * ends[1]:.0f}" if ends else TOO_FEW
+    """A 95 % interval of a share in percent, or the mark of the footnote that says why there is none."""
+    return f"{100 * ends[0]:.0f} to {100 * ends[1]:.0f}" if ends else FEW
 
 
 def points_interval(ends: Sequence[float] | None) -> str:
-    """A 95 % interval of a difference in percentage points, or why there is none."""
-    return " to ".join(map(points, ends)) if ends else TOO_FEW
+    """A 95 % interval of a difference in percentage points, or the mark of the footnote."""
+    return " to ".join(map(points, ends)) if ends else FEW
 
 
 def duration(seconds: Any) -> str:
@@ -99,6 +103,14 @@ def size(n_bytes: Any) -> str:
     return f"{n_bytes / 1024:.1f} KiB"
 
 
-def data_uri(png: bytes) -> str:
-    """A PNG as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def data_uri(image: bytes) -> str:
+    """A PNG or JPEG as a data URI."""
+    kind = "jpeg" if image.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(image).decode("ascii")
+
+
+def shortened(text: Any) -> str:
+    """A text without what exceeds `_MAX_TEXT` characters."""
+    text = str(text)
+    more = len(text) - _MAX_TEXT
+    return text if more <= 0 else f"{text[:_MAX_TEXT]} … ({whole(more)} more characters)"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import datetime
+import hashlib
+import importlib.resources
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import markupsafe
 
-from vilam3_jax.evals import tables
-from vilam3_jax.report import charts, dialogues, finding, formatting, plots, runs
+from vilam3_jax.errors import UserError
+from vilam3_jax.evals import statistics, tables
+from vilam3_jax.report import answers, charts, dialogues, finding, formatting, plots, runs
 from vilam3_jax.report.samples import Samples
 
 Entry = Mapping[str, Any]
@@ -30,15 +36,27 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters |= dict(inspect.getmembers(formatting, inspect.isfunction))
-_ENVIRONMENT.globals |= {"key_mark": plots.key_mark, "highlighted": formatting.HIGHLIGHTED_ARM}
+_ENVIRONMENT.globals |= {
+    "key_mark": plots.key_mark,
+    "highlighted": formatting.HIGHLIGHTED_ARM,
+    "min_clusters": statistics.MIN_CLUSTERS,
+}
 
 
-def quickstart_page(run: runs.Run, document: Mapping[str, Any], samples: Samples) -> str:
-    """The page of a quickstart run, with the document of its summary."""
+def quickstart_page(run: runs.Run, document: Mapping[str, Any], samples: Samples, answers_file: str) -> str:
+    """The page of a quickstart run.
+
+    Args:
+      run: stages and arms.
+      document: the summary of the run.
+      samples: the images.
+      answers_file: the page of all answers, in the same folder.
+    """
     answerable = {one["arm"]: one for one in document["answerable"]}
     shown = {arm: answerable[arm] for arm in finding.ARMS if arm in answerable}
     return _render(
         "quickstart.html",
+        answers_file=answers_file,
         size=_SIZES.get(document.get("size", ""), "run"),
         model=model_text(run.stages[-1].config.get("model", {})),
         document=document,
@@ -58,8 +76,13 @@ def quickstart_page(run: runs.Run, document: Mapping[str, Any], samples: Samples
     )
 
 
-def training_page(stage: runs.Stage) -> str:
-    """The page of one training run: charts, and the table of figures once it is finished."""
+def training_page(stage: runs.Stage, answers_file: str | None = None) -> str:
+    """The page of one training run: charts, and the table of figures once it is finished.
+
+    Args:
+      stage: the run.
+      answers_file: the page of all answers, in the same folder; None without evaluations.
+    """
     beside_steps = []
     for key, name in _BESIDE_STEPS.items():
         seconds = [row[key] for row in stage.metrics if formatting.is_number(row.get(key))]
@@ -68,6 +91,7 @@ def training_page(stage: runs.Stage) -> str:
             beside_steps.append((name, f"{len(seconds)} ×, {total} in total"))
     return _render(
         "training.html",
+        answers_file=answers_file,
         stage=stage,
         model=model_text(stage.config.get("model", {})),
         beside_steps=beside_steps,
@@ -76,9 +100,60 @@ def training_page(stage: runs.Stage) -> str:
     )
 
 
+def answers_page(found: answers.Answers, name: str) -> str:
+    """The page of all questions, with filters.
+
+    Args:
+      found: questions, answers and images.
+      name: of the run.
+    """
+    rows = [row for arm in found.arms for row in arm.rows]
+    summaries = [dataclasses.asdict(one) for arm in found.arms for one in _summaries(arm)]
+    main, oracle = (arms_table(summaries, oracle=oracle) for oracle in (False, True))
+    types = sorted({str(row["question_type"]) for row in rows})
+    called = sorted({str(row["expert_called"]) for row in rows if row.get("expert_called")})
+    choices = [("any", "any expert"), ("=", "no expert"), *((f"={expert}", expert) for expert in called)]
+    script = (importlib.resources.files("vilam3_jax.report") / "templates" / "answers.js").read_text("utf-8")
+    return _render(
+        "answers.html",
+        answers=found,
+        name=name,
+        main=main,
+        oracle=oracle if oracle["rows"] else None,
+        conditions={arm.name: _conditions(arm) for arm in found.arms},
+        types=[(one, formatting.type_title(one)) for one in types],
+        arms=[(arm.name, formatting.arm_title(arm.name)) for arm in found.arms],
+        called=choices if called else [],
+        script=markupsafe.Markup(script),
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _summaries(arm: runs.Arm) -> list[statistics.Summary]:
+    """The figures that `vilam3 evaluate` stored, or, without them, those of the rows; a bootstrap is slow."""
+    stored = arm.result.get("summaries")
+    if stored is None:
+        return statistics.summarise(arm.rows)
+    try:
+        return [statistics.Summary(**{**one, "arm": arm.name}) for one in stored]
+    except TypeError as error:
+        raise UserError(f"{arm.name}/result.json: 'summaries' is damaged; evaluate again") from error
+
+
+def _conditions(arm: runs.Arm) -> str:
+    """How an arm answered, in a few words."""
+    if arm.is_majority:
+        return "without a model"
+    experts = {"on": "with experts", "falsified": "with falsified experts"}.get(
+        arm.experts, "without experts"
+    )
+    return experts + (", blank images" if arm.images == "blank" else "")
+
+
 def _render(template: str, **context: Any) -> str:
     time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return _ENVIRONMENT.get_template(template).render(time=time, **context)
+    page = _ENVIRONMENT.get_template(template).render(time=time, **context)
+    return page.encode("utf-8", "replace").decode()  # a model may write halves of a character
 
 
 def model_text(model: Mapping[str, Any]) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from vilam3_jax.errors import UserError
+from vilam3_jax.evals.comparison import RESULT_FILE, ROWS_FILE
 from vilam3_jax.runtime import paths
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
 # In the order of tables; the first columns are visible on a phone.
 ARMS = ("stage4_experts", "stage4_no_experts", "stage4_falsified", "majority", "stage3", "stage4_blank")
 ROW_KEYS = ("item", "cluster", "correct", "unparsed", "question_type", "label_source", "oracle")
+_FILES = (ROWS_FILE, RESULT_FILE)
 _MAX_BYTES = 1 << 30
 
 
@@ -42,6 +45,32 @@ class Arm:
     name: str
     rows: list[dict[str, Any]]
     result: dict[str, Any]
+
+    @property
+    def experts(self) -> str:
+        """`on`, `off` or `falsified`."""
+        return str(self._settings.get("experts", "off"))
+
+    @property
+    def images(self) -> str:
+        """`true` or `blank`."""
+        return str(self._settings.get("images", "true"))
+
+    @property
+    def split(self) -> str | None:
+        """The split whose questions were asked, if recorded."""
+        protocol = self.result.get("protocol")
+        return protocol.get("split") if isinstance(protocol, dict) else None
+
+    @property
+    def is_majority(self) -> bool:
+        """Whether the most frequent training answer stands in for a model."""
+        return self._settings.get("name") == "majority"
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        found = self.result.get("arm")
+        return found if isinstance(found, dict) else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +176,47 @@ def read_run(folder: paths.PathLike) -> Run:
     found = [path.name for path in paths.children(root / "eval") if path.is_dir()]
     extra = [name for name in found if name not in ARMS and (root / "eval" / name / "rows.jsonl").exists()]
     arms = [read_arm(root / "eval" / name) for name in (*ARMS, *extra)]
-    for arm in arms[1:]:
-        for key, what in (("protocol_hash", "another protocol"), ("items_hash", "other questions")):
+    folders = [root / "eval" / arm.name for arm in arms]
+    _check_alike(folders, arms, {"protocol_hash": "another protocol", "items_hash": "other questions"})
+    return Run(root, stages, arms, read_json(root / "eval" / "retrieval.json"))
+
+
+def evaluations_in(folder: paths.PathLike) -> list[epath.Path]:
+    """The folder itself if it is a finished evaluation, else the finished ones directly below it.
+
+    `vilam3 evaluate` writes one folder per arm, and `result.json` last.
+    """
+    root = paths.as_path(folder)
+    candidates = [root, *(path for path in paths.children(root) if path.is_dir())]
+    found = [path for path in candidates if all((path / name).exists() for name in _FILES)]
+    return [root] if root in found else found
+
+
+def read_evaluations(folders: Sequence[epath.Path]) -> list[Arm]:
+    """Reads evaluations of one protocol, those with experts first.
+
+    Arms are named after their folders, or after the paths if two folders have the same name.
+
+    Raises:
+      UserError: a file is missing or damaged, or the protocols differ.
+    """
+    folders = list(dict.fromkeys(folders))
+    names = [folder.name for folder in folders]
+    arms = []
+    for folder in folders:
+        arm = read_arm(folder)
+        name = str(folder) if names.count(folder.name) > 1 else folder.name
+        arms.append(Arm(name, [{**row, "arm": name} for row in arm.rows], arm.result))
+    _check_alike(folders, arms, {"protocol_hash": "another protocol"})
+    order = {"on": 0, "off": 1, "falsified": 2}
+    return sorted(arms, key=lambda arm: (arm.is_majority, order.get(arm.experts, 1)))
+
+
+def _check_alike(folders: Sequence[epath.Path], arms: Sequence[Arm], keys: dict[str, str]) -> None:
+    for folder, arm in zip(folders, arms, strict=True):
+        for key, what in keys.items():
             if arm.result.get(key) != arms[0].result.get(key):
                 raise UserError(
-                    f"{root / 'eval' / arm.name / 'result.json'}: {what} than in {arms[0].name}; "
+                    f"{folder / RESULT_FILE}: {what} than in {arms[0].name}; "
                     "evaluate both again with the same data, protocol and limit"
                 )
-    return Run(root, stages, arms, read_json(root / "eval" / "retrieval.json"))

@@ -24,7 +24,10 @@ def imported(tmp_path_factory):
     train_bpe(["liver spleen"], 270, folder / "words")
     write_folder(folder / "source", LLAMA, llama_weights())
     write_folder(folder / "siglip", SIGLIP, siglip_weights())
-    for source, out, more in (("source", "llm", ["--tokenizer", str(folder / "words")]), ("siglip", "tower", [])):
+    for source, out, more in (
+        ("source", "llm", ["--tokenizer", str(folder / "words")]),
+        ("siglip", "tower", []),
+    ):
         argv = ["convert", "import", "--source", str(folder / source), "--out", str(folder / out), *more]
         assert cli.main(argv) == 0
     return folder
@@ -73,14 +76,20 @@ def test_a_run_starts_from_it(imported):
     assert origin["llm"] == str(imported / "llm") and origin["projector"] == "fresh"
     name = "llm/embed/embedding"
     (rows,) = exports.stored_rows(imported / "llm")[name]
-    np.testing.assert_array_equal(np.asarray(state.params()[name], np.float32), rows.read().astype(np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(state.params()[name], np.float32), rows.read().astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize(
     ("recipe", "folder", "message"),
     [
         ("stage2a_align", "nowhere", r"llm '.*nowhere': unknown; known are .*qwen3_8b.*imported LLM"),
-        ("stage2a_align", "source", r"is not an import; make one with `vilam3 convert import --source .*source"),
+        (
+            "stage2a_align",
+            "source",
+            r"is not an import; make one with `vilam3 convert import --source .*source",
+        ),
         ("stage2a_align", "tower", r"llm '.*tower': holds a (vision_tower|contrastive), not an LLM"),
         ("stage1_vision", "llm", r"trains no LLM; leave out llm=.*model\.tokenizer="),
     ],

@@ -129,7 +129,9 @@ def test_a_part_with_its_own_export_is_not_taken_from_the_one_for_everything(ada
     export, params = adapted
     config = with_adapters()
     other = {path: leaf + 1 for path, leaf in params.items() if path.startswith("llm/")}
-    exports.export_model(tmp_path / "llm", other, {"kind": "llm", "llm": config.model.llm.to_dict()}, None, {})
+    exports.export_model(
+        tmp_path / "llm", other, {"kind": "llm", "llm": config.model.llm.to_dict()}, None, {}
+    )
     config.init.everything, config.init.llm = str(export), str(tmp_path / "llm")
     state, origin = start(config)
     assert origin["llm"] == str(tmp_path / "llm") and origin["projector"] == str(export)

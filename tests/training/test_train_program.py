@@ -399,7 +399,7 @@ def test_a_checkpoint_of_another_architecture_is_not_gone_on_from(world, uninter
     changes = {"model.llm.num_layers": 3, "optimizer.name": "lion"}
     result = run(*arguments(world, tmp_path / "run", **changes))
     assert result.returncode == 2 and "does not fit this config" in result.stderr
-    assert "model.llm.num_layers: 2 → 3; optimizer.name: \"adamw\" → \"lion\";" in result.stderr
+    assert 'model.llm.num_layers: 2 → 3; optimizer.name: "adamw" → "lion";' in result.stderr
     assert " more)" in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 

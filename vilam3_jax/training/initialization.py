@@ -139,9 +139,7 @@ def _adapters(paths: Iterable[str]) -> set[str]:
     return {path for path in paths if _LORA in path}
 
 
-def _differences(
-    source: str, model: ModelConfig, part: Mapping[str, Any], components: Set[str]
-) -> list[str]:
+def _differences(source: str, model: ModelConfig, part: Mapping[str, Any], components: Set[str]) -> list[str]:
     """Settings, and then parameters, in which the export `source` differs from this run."""
     rows = exports.stored_rows(source)
     adapters = any(_component(path) in components for path in _adapters(rows))
@@ -151,7 +149,8 @@ def _differences(
     # Other settings have other shapes; only those that no setting explains are worth a line.
     explained = {difference.split(".")[0] for difference in found} | set(absent)
     unexplained = {path: leaf for path, leaf in part.items() if _component(path) not in explained}
-    return [*(f"has no {name}" for name in absent), *found] + exports.parameter_differences(rows, unexplained, _adapters(part))
+    found = [*(f"has no {name}" for name in absent), *found]
+    return found + exports.parameter_differences(rows, unexplained, _adapters(part))
 
 
 def mismatch(source: str, differences: Sequence[str]) -> str:

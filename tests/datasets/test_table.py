@@ -422,11 +422,11 @@ def test_an_expert_column_calls_before_the_stated_answer(tmp_path):
     [
         (
             "SIDEZ(left)",
-            r"table\.csv: row 2, column call: expert SIDEZ has no card; the list has MASKS, PAIRS,",
+            r"table\.csv, column call: row 2: expert SIDEZ has no card; the list has MASKS, PAIRS,",
         ),
         (
             "SIDES(up)",
-            r"row 2, .* no argument 'up'; write SIDES\(left\) or SIDES\(right\); correct the table",
+            r"row 2: .* no argument 'up'; write SIDES\(left\) or SIDES\(right\); correct the table",
         ),
         ("PLAIN(left)", r"PLAIN has no argument 'left'; write PLAIN\(\)"),
         ("SIDES", r"is not NAME\(arguments\), or NAME\(arguments\) before LABEL"),
@@ -444,8 +444,13 @@ def test_a_wrong_expert_cell_is_one_sentence_before_anything_is_written(tmp_path
 
 
 def test_wrong_cells_are_counted(tmp_path):
-    with pytest.raises(UserError, match=r"row 1, .*; row 2, .*; row 3, .*; and 2 more; correct"):
+    with pytest.raises(UserError, match=r"row 1 and 4 more: expert NONE has no card; .*; correct"):
         with_experts(tmp_path, ["NONE()"] * 5)
+    cells = ["A()", "B()", "C()", "D()", "E()", "A()"]
+    with pytest.raises(
+        UserError, match=r"row 1 and 1 more: .* A .*; row 2: .*; row 3: .* C .*; and 2 more; c"
+    ):
+        with_experts(tmp_path, cells)
     folder = write_table(tmp_path, [["file", "a"], ["im/0.png", "1"]])
     with pytest.raises(UserError, match=r"call"):
         built(folder, "--image", "file", "--label", "a", "--expert", "call")

@@ -18,9 +18,11 @@ from PIL import Image
 
 import vilam3_jax
 from vilam3_jax import cli
+from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.experts.cards import load_cards, render_cards
 from vilam3_jax.data.experts.host_client import ExpertHost
 from vilam3_jax.data.experts.store import AnnotationStore
+from vilam3_jax.data.images import load_pixels
 from vilam3_jax.data.tokenizer import train_bpe
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +107,8 @@ def test_every_command_of_the_page_works(folder, capsys):
     ]  # fmt: skip
     # The experts saw every film, and the left half is the one on the right.
     store = AnnotationStore("my/annotations")
-    answers = [store.get(*key) for key in store]
+    keys = store.keys()
+    answers = [store.get(*key) for key in keys]
     dense = {
         args: [one.probabilities["dense"] > 0.5 for one in answers if one.args == args]
         for args in ("left", "right")
@@ -120,7 +123,8 @@ def test_every_command_of_the_page_works(folder, capsys):
     (card,) = json.loads(Path("my/run/export/model.json").read_text())["card_list"]
     assert card["name"] == "DENSITY"
     # The live host of the page's last command has the installed expert.
-    film = Path("films/f0.png").read_bytes()
+    film = Path("films/f0.png")
+    key = image_key(load_pixels(film))
     with ExpertHost([sys.executable, "-m", "vilam3_experts", "host"]) as host:
-        live = host.ask("DENSITY", "left", input_key=answers[0].input_key, inputs=[("", film)])
+        live = host.ask("DENSITY", "left", input_key=key, inputs=[("", film.read_bytes())])
     assert live.reason == "" and live.probabilities["dense"] > 0.5

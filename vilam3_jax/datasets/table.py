@@ -264,7 +264,7 @@ def _read_calls(rows: Sequence[_Row], given: argparse.Namespace, path: str) -> N
     cards = {card.name: card for card in load_cards(given.cards)}
     labels = () if given.one_hot else given.label
     known: dict[str, tuple[TableCall, ...] | str] = {}
-    wrong = []
+    wrong: dict[str, list[int]] = {}
     for row in rows:
         if row.experts not in known:
             try:
@@ -273,11 +273,17 @@ def _read_calls(rows: Sequence[_Row], given: argparse.Namespace, path: str) -> N
                 known[row.experts] = str(error)
         calls = known[row.experts]
         if isinstance(calls, str):
-            wrong.append(f"row {row.number}, column {given.expert}: {calls}")
+            wrong.setdefault(calls, []).append(row.number)
         else:
             row.calls = calls
     if wrong:
-        raise UserError(f"{path}: {listed(wrong, 3)}; correct the table, or give --cards LIST")
+        found = [
+            f"row {first}{f' and {len(others)} more' if others else ''}: {reason}"
+            for reason, (first, *others) in wrong.items()
+        ]
+        raise UserError(
+            f"{path}, column {given.expert}: {listed(found, 3)}; correct the table, or give --cards LIST"
+        )
 
 
 def _images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

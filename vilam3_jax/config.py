@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.resources
 import runpy
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,33 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> RunConfig:
         raise UserError(
             "--config=FILE[:ARG] is missing, for example --config=configs/stage3_instruct.py:tiny"
         )
-    return _checked(config)
+    spec = next(item for item in reversed(argv) if item.startswith("--config="))
+    given = {item[len("--config.") :].partition("=")[0] for item in argv if item.startswith("--config.")}
+    return _checked(_with_imported_llm(config, spec, given))
+
+
+def _with_imported_llm(config: Any, spec: str, given: Collection[str]) -> Any:
+    """Starts a run of `FILE:SIZE,llm=FOLDER` from that LLM, unless `init` has another one.
+
+    Args:
+      config: of the recipe, with the overrides.
+      spec: `FILE[:ARG]`.
+      given: dotted keys of the overrides.
+    """
+    from vilam3_jax.configs import models  # recipes import this module
+
+    folder = models.imported_llm(spec.partition(":")[2])
+    if not folder:
+        return config
+    if config.task == "contrastive":
+        raise UserError(
+            f"config {spec}: this run trains no LLM; leave out llm={folder} (its tokenizer is "
+            f"--config.model.tokenizer={folder}/tokenizer)"
+        )
+    # `everything` has the LLM of the stage before, which began with this one.
+    if "init.llm" not in given and not config.init.everything:
+        config.init.llm = folder
+    return config
 
 
 def _checked(config: Any) -> RunConfig:
@@ -197,7 +223,7 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
         config.update_from_flattened_dict(values)
     except (TypeError, ValueError) as error:
         raise UserError(f"config: {' '.join(str(error).split())}") from error
-    return _checked(config)
+    return _checked(_with_imported_llm(config, spec, values))
 
 
 def _unknown_key(key: str, known: Mapping[str, Any]) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -30,6 +31,15 @@ class StoppingError(UserError):
 
 class InputWarning(UserWarning):
     """Something about an input was assumed, repaired or skipped; the message names it and the file."""
+
+
+_MAX_LISTED = 20
+
+
+def listed(items: Sequence[str], most: int = _MAX_LISTED) -> str:
+    """Joins differences for a message: `a; b; c`, and the number of those beyond `most`."""
+    more = len(items) - most
+    return "; ".join([*items[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
 def warn_of(notes: tuple[str, ...], source: object, *, stacklevel: int = 3) -> None:

@@ -212,16 +212,18 @@ def _restore(
 ) -> tuple[int, TrainState, telemetry.Clock, dict[str, str], dict[str, str]]:
     """Step, state, clock, origin of each component, and changed settings; restores the loader too."""
     config = program.config
-    restored = checkpoints.restore(program.state.to_tree())
+    changes_of_state = functools.partial(resumption.changes_of_state, config=config)
+    restored = checkpoints.restore(program.state.to_tree(), changes_of_state)
     if restored is None:
         state, origin = program.initial_state()
         return 0, state, telemetry.Clock(), origin, {}
     changed = resumption.changes(restored.run["config"], config)
     resumption.check_init(changed)
     stored, components = restored.run["config"]["model"], set(config.init.to_dict())
-    initialization.check_architecture(
-        f"{workdir}/checkpoints", stored, config.model, components, bool(config.model.llm.lora_rank)
-    )
+    if differences := initialization.architecture_differences(
+        stored, config.model, components, bool(config.model.llm.lora_rank)
+    ):
+        raise UserError(initialization.mismatch(f"{workdir}/checkpoints", differences))
     # Absent in older checkpoints.
     origin = restored.run.get("provenance", {}).get("init", config.init.to_dict())
     loader.set_state(restored.data)

@@ -10,10 +10,12 @@ from typing import Any
 from ml_collections import ConfigDict
 from vilam3_jax.configs.models.parts import llms, towers
 
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.preprocessing import Preprocessing, preset_windows
 from vilam3_jax.data.text_rules import TextRules
 from vilam3_jax.errors import UserError
 from vilam3_jax.models.model_config import ModelConfig
+from vilam3_jax.runtime import paths
 
 
 def get(spec: str) -> ConfigDict:
@@ -23,10 +25,11 @@ def get(spec: str) -> ConfigDict:
       spec: `NAME`, or `NAME,tower=TOWER,llm=LLM,projector=TYPE,template=TEMPLATE,text=RULES,windows=PRESET`
         with any of the six; towers and LLMs are those of `parts.towers` and `parts.llms`, RULES is clean,
         as_trained or one rule (`spaces=as_trained`), see `vilam3_jax.data.text_rules`, PRESET is one of
-        `vilam3_jax.data.intensity.CT_WINDOWS`.
+        `vilam3_jax.data.intensity.CT_WINDOWS`. LLM may also be the folder of an imported LLM, see
+        `imported_llm`: it brings its shapes and its tokenizer. LoRA settings of the size are kept.
 
     Raises:
-      UserError: an unknown name; lists those there are.
+      UserError: an unknown name; lists those there are. Or a folder without an LLM.
     """
     name, *swaps = spec.split(",")
     model = _module(name).get_model()
@@ -35,6 +38,16 @@ def get(spec: str) -> ConfigDict:
     for swap in swaps:
         _swap(model, swap)
     return model
+
+
+def imported_llm(spec: str) -> str:
+    """Folder of the imported LLM in `spec` (`NAME,llm=FOLDER`); '' if the LLM is none or one of `parts.llms`.
+
+    `config.load` and `config.parse` start such a run from its weights.
+    """
+    parts = [swap.partition("=") for swap in spec.split(",")[1:]]
+    folders = [name for part, _, name in parts if part == "llm" and name not in llms.LLMS]
+    return folders[-1] if folders else ""
 
 
 def needs_slice(spec: str) -> bool:
@@ -80,7 +93,7 @@ def assemble(name: str, tower: ConfigDict, llm: ConfigDict, *, template: str, **
 def _swap(model: ConfigDict, swap: str) -> None:
     part, _, name = swap.partition("=")
     if part == "llm":
-        model.llm = _part(llms.LLMS, "llm", name)
+        _swap_llm(model, name)
     elif part == "tower":
         model.vision_tower = _part(towers.TOWERS, "tower", name)
         model.text_tower = towers.text_tower_of(model.vision_tower, **towers.TEXT_CHANGES.get(name, {}))
@@ -95,6 +108,36 @@ def _swap(model: ConfigDict, swap: str) -> None:
         model.preprocessing.ct_windows = preset_windows(name)
     else:
         raise UserError(f"model part {swap!r}: use tower=, llm=, projector=, template=, text= or windows=")
+
+
+def _swap_llm(model: ConfigDict, name: str) -> None:
+    lora = {key: value for key, value in model.llm.items() if key.startswith("lora_")}
+    if name in llms.LLMS:
+        model.llm = llms.LLMS[name]()
+    else:
+        stored = _stored_llm(name)
+        model.llm = ConfigDict(stored.to_dict())
+        tokenizer = paths.as_path(name) / "tokenizer"
+        model.tokenizer = str(tokenizer) if tokenizer.exists() else ""
+        if stored.get("lora_rank"):
+            return  # its adapters are loaded, too
+    model.llm.update({key: value for key, value in lora.items() if key in model.llm})
+
+
+def _stored_llm(folder: str) -> Any:
+    """The section `llm` of an export."""
+    if not folder or not paths.exists(folder):
+        known = ", ".join(sorted(llms.LLMS))
+        raise UserError(f"llm {folder!r}: unknown; known are {known}, or the folder of an imported LLM")
+    if not paths.exists(paths.as_path(folder) / "model.json"):
+        raise UserError(
+            f"llm {folder!r}: is not an import; make one with `vilam3 convert import --source {folder} "
+            "--out DIR`, and give llm=DIR"
+        )
+    found = exports.load_model_config(folder)
+    if found.llm is None:
+        raise UserError(f"llm {folder!r}: holds a {found.kind}, not an LLM; import the folder of an LLM")
+    return found.llm
 
 
 def _part(makers: Mapping[str, Callable[[], ConfigDict]], part: str, name: str) -> ConfigDict:

@@ -378,3 +378,99 @@ def test_markers_in_cells_are_text(tmp_path):
     write_table(tmp_path, [["file", "a"], ["im/0.png", "see <image> there"]])
     examples, _ = built(tmp_path, "--image", "file", "--label", "a", "--heldout", "0")
     assert examples["train"][0].turns[1].text == "see [image] there"
+
+
+CARDS = [
+    {"name": "SIDES", "args": ["left", "right"], "modality": "CXR", "task": "classification"},
+    {"name": "PLAIN", "args": [], "modality": "CXR", "task": "classification"},
+    {"name": "MASKS", "args": [], "modality": "CT", "task": "segmentation"},
+    {"name": "PAIRS", "args": [], "modality": "CXR", "task": "classification", "roles": ["a", "b"]},
+]
+
+
+def with_experts(folder, cells, *argv, labels=("a", "b")):
+    """Builds a table with the cells of an expert column."""
+    cards = [{"overview": "looks", "accuracy": "unknown", **card} for card in CARDS]
+    rows = [[f"im/{number}.png", "1", "0", cell] for number, cell in enumerate(cells)]
+    write_table(folder, [["file", "a", "b", "call"], *rows])
+    twins.write(folder, {"cards.json": cards})
+    argv = ("--image", "file", "--label", *labels, "--heldout", "0", "--expert", "call", *argv)
+    return built(folder, *argv, "--cards", str(folder / "cards.json"))
+
+
+def test_an_expert_column_calls_before_the_stated_answer(tmp_path):
+    cells = ["SIDES(left)", "", "<PLAIN()> before B", "SIDES(right) before b; PLAIN(); SIDES(left) before a"]
+    examples, skipped = with_experts(tmp_path, cells)
+    assert not skipped["train"]
+    requests = [
+        [(one.expert, one.args, one.before_turn, one.policy) for one in example.expert_requests]
+        for example in examples["train"]
+    ]
+    assert requests == [
+        [("SIDES", "left", 1, "always")],
+        [],
+        [("PLAIN", "", 3, "always")],
+        [("SIDES", "right", 3, "always"), ("PLAIN", "", 1, "always"), ("SIDES", "left", 1, "always")],
+    ]
+    named = [[(q["expert"], q["args"]) for q in example.meta["qa"]] for example in examples["train"]]
+    assert named[0] == [("SIDES", "left"), (None, "")] and named[1] == [(None, ""), (None, "")]
+    assert named[3] == [("PLAIN", ""), ("SIDES", "right")]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            "SIDEZ(left)",
+            r"table\.csv, column call: row 2: expert SIDEZ has no card; the list has MASKS, PAIRS,",
+        ),
+        (
+            "SIDES(up)",
+            r"row 2: .* no argument 'up'; write SIDES\(left\) or SIDES\(right\); correct the table",
+        ),
+        ("PLAIN(left)", r"PLAIN has no argument 'left'; write PLAIN\(\)"),
+        ("SIDES", r"is not NAME\(arguments\), or NAME\(arguments\) before LABEL"),
+        ("Jane Doe", r"is not NAME\(arguments\)"),
+        ("PLAIN() SIDES(left)", r"is not NAME\(arguments\)"),
+        ("PLAIN() before c", r"PLAIN is called before 'c', which is not one of the label columns"),
+        ("MASKS()", r"MASKS reads scans, not single images; use `vilam3 prepare expert_slices`"),
+        ("PAIRS()", r"PAIRS reads scans"),
+    ],
+)
+def test_a_wrong_expert_cell_is_one_sentence_before_anything_is_written(tmp_path, cell, message):
+    with pytest.raises(UserError, match=message) as caught:
+        with_experts(tmp_path, ["PLAIN()", cell])
+    assert "Jane" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_wrong_cells_are_counted(tmp_path):
+    with pytest.raises(UserError, match=r"row 1 and 4 more: expert NONE has no card; .*; correct"):
+        with_experts(tmp_path, ["NONE()"] * 5)
+    cells = ["A()", "B()", "C()", "D()", "E()", "A()"]
+    with pytest.raises(
+        UserError, match=r"row 1 and 1 more: .* A .*; row 2: .*; row 3: .* C .*; and 2 more; c"
+    ):
+        with_experts(tmp_path, cells)
+    folder = write_table(tmp_path, [["file", "a"], ["im/0.png", "1"]])
+    with pytest.raises(UserError, match=r"call"):
+        built(folder, "--image", "file", "--label", "a", "--expert", "call")
+
+
+def test_rows_that_cannot_make_their_call_are_skipped(tmp_path):
+    twins.write(tmp_path, {"cards.json": [{"overview": "", "accuracy": "", **CARDS[1]}]})
+    rows = [["", "1", "1", "PLAIN()"], ["im/0.png", "1", "", "PLAIN() before b"], ["im/1.png", "1", "", ""]]
+    write_table(tmp_path, [["file", "a", "b", "call"], *rows])
+    argv = ("--image", "file", "--label", "a", "b", "--heldout", "0", "--expert", "call")
+    examples, skipped = built(tmp_path, *argv, "--cards", str(tmp_path / "cards.json"))
+    assert [one.id for one in examples["train"]] == ["im/1.png"]
+    assert [one.reason for one in skipped["train"]] == [
+        "calls PLAIN, but names no image",
+        "calls PLAIN before b, whose cell is empty",
+    ]
+
+
+def test_one_hot_labels_take_calls_without_a_label(tmp_path):
+    examples, _ = with_experts(tmp_path, ["PLAIN()"], "--one-hot")
+    assert [one.before_turn for one in examples["train"][0].expert_requests] == [1]
+    with pytest.raises(UserError, match="not one of the label columns"):
+        with_experts(tmp_path, ["PLAIN() before a"], "--one-hot")

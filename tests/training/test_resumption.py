@@ -44,6 +44,9 @@ def test_another_origin_of_the_weights_is_refused():
     for before, now in (({}, "a"), ({"init.everything": "b"}, "a")):
         with pytest.raises(UserError, match=r"config init.everything: .* → \"a\".*another --workdir"):
             resumption.check_init(changes(before, {"init.everything": now}))
+    several = {"init.llm": "a", "init.projector": "b"}
+    with pytest.raises(UserError, match=r"config init.llm: .*; init.projector: .*set them back"):
+        resumption.check_init(changes({}, several))
 
 
 def test_ctrl_c_asks_once_and_interrupts_the_second_time(capsys):

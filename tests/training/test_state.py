@@ -32,11 +32,12 @@ def test_a_model_is_the_one_that_its_checkpoint_names(llm):
     stored = json.loads(json.dumps(resolved.to_dict()))
     components = {"vision_tower", "text_tower", "projector", "llm"}
     for form in (stored, model_config.resolve(stored).to_dict()):
-        initialization.check_architecture("runs/x", form, resolved, components, adapters=True)
+        assert not initialization.architecture_differences(form, resolved, components, adapters=True)
     if stored["llm"].get("rope_scaling"):
         other = resolved.replace({"llm.rope_scaling.factor": 2.0})
-        with pytest.raises(UserError, match=r"runs/x: its llm has rope_scaling=.*another model"):
-            initialization.check_architecture("runs/x", stored, other, {"llm"}, adapters=True)
+        (found,) = initialization.architecture_differences(stored, other, {"llm"}, adapters=True)
+        assert found.startswith("llm.rope_scaling=")
+        assert "another model" in initialization.mismatch("runs/x", [found])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_adapters_are_taken_over(adapted):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"lora_rank": 0}, r"lora_rank=4, this config 0; .*merge.*vilam3 convert export"),
+        ({"lora_rank": 0}, r"lora_rank=4, this config 0.*merge.*vilam3 convert export"),
         ({"lora_alpha": 16.0}, r"lora_alpha=32\.0, this config 16\.0"),
         ({"lora_targets": ("q",)}, r"lora_targets=\['q', 'down'\], this config \['q'\]"),
     ],
@@ -93,6 +94,49 @@ def test_adapters_of_a_part_that_is_not_taken_do_not_matter(adapted):
     config.init.projector = str(export)
     _, origin = start(config)
     assert origin["projector"] == str(export) and origin["llm"] == "fresh"
+
+
+def test_all_differences_of_all_exports_are_in_one_message(adapted):
+    export, _ = adapted
+    config = with_adapters(num_layers=3, rope_theta=5.0)
+    config.model.vision_tower.update(mlp_dim=64)
+    config.init.vision_tower = config.init.everything = str(export)
+    with pytest.raises(UserError) as caught:
+        start(config)
+    message = str(caught.value)
+    for difference in (
+        "vision_tower.mlp_dim=96, this config 64",
+        "llm.num_layers=2, this config 3",
+        "llm.rope_theta=10000.0, this config 5.0",
+    ):
+        assert message.count(difference) == 1, message
+    assert "llm/" not in message, "the settings explain the shapes"
+
+
+def test_a_long_list_ends_with_a_count(adapted, tmp_path):
+    export, _ = adapted
+    config = with_adapters()
+    config.model.projector.type = "mlp_downsample_3x3_fix"
+    config.init.everything = str(export)
+    with pytest.raises(UserError, match=r"projector.type=mlp_downsample, this config mlp_downsample_3x3_fix"):
+        start(config)
+    wanted = {f"llm/{n}": jax.ShapeDtypeStruct((2,), jnp.float32) for n in range(33)}
+    with pytest.raises(UserError, match=r"has no llm/19; and 13 more\)$"):
+        exports.load_params(export, wanted)
+
+
+def test_a_part_with_its_own_export_is_not_taken_from_the_one_for_everything(adapted, tmp_path):
+    export, params = adapted
+    config = with_adapters()
+    other = {path: leaf + 1 for path, leaf in params.items() if path.startswith("llm/")}
+    exports.export_model(
+        tmp_path / "llm", other, {"kind": "llm", "llm": config.model.llm.to_dict()}, None, {}
+    )
+    config.init.everything, config.init.llm = str(export), str(tmp_path / "llm")
+    state, origin = start(config)
+    assert origin["llm"] == str(tmp_path / "llm") and origin["projector"] == str(export)
+    for path, leaf in state.params().items():
+        np.testing.assert_array_equal(leaf, other.get(path, params[path]), err_msg=path)
 
 
 # Paths in checkpoints from before `TrainState`, when the state was a dict.

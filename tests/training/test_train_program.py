@@ -392,8 +392,15 @@ def test_records_that_cannot_be_used_are_named(world, tmp_path):
 
 def test_a_checkpoint_of_another_architecture_is_not_gone_on_from(world, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    result = run(*arguments(world, tmp_path / "run", **{"model.llm.rope_theta": 5000.0}))
-    assert result.returncode == 2 and "rope_theta" in result.stderr and "another model" in result.stderr
+    changes = {"model.llm.rope_theta": 5000.0, "model.llm.norm_eps": 0.1}
+    result = run(*arguments(world, tmp_path / "run", **changes))
+    assert result.returncode == 2 and "another model" in result.stderr
+    assert "llm.rope_theta=" in result.stderr and "llm.norm_eps=" in result.stderr
+    changes = {"model.llm.num_layers": 3, "optimizer.name": "lion"}
+    result = run(*arguments(world, tmp_path / "run", **changes))
+    assert result.returncode == 2 and "does not fit this config" in result.stderr
+    assert 'model.llm.num_layers: 2 → 3; optimizer.name: "adamw" → "lion";' in result.stderr
+    assert " more)" in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_a_resumed_run_says_what_changed_and_keeps_the_record(world, uninterrupted, tmp_path, capsys):

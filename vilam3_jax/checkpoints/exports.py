@@ -28,7 +28,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from vilam3_jax.checkpoints.run_checkpoints import UNCOMPRESSED, first_line, versions
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, listed
 from vilam3_jax.models import build, param_paths
 from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.ops.quantized import QuantizedKernel
@@ -402,6 +402,25 @@ def parameter_shape(ranges: Sequence[StoredRows]) -> tuple[int, ...]:
     return (last.start + last.shape[0], *last.shape[1:]) if last.start else last.shape
 
 
+def parameter_differences(
+    stored: Mapping[str, Sequence[StoredRows]], wanted: Mapping[str, Any], optional: Collection[str] = ()
+) -> list[str]:
+    """One text per parameter that is missing, or has another shape than wanted.
+
+    Args:
+      stored: of `stored_rows`.
+      wanted: path → anything with a shape.
+      optional: paths that may be missing.
+    """
+    found = []
+    for path, leaf in wanted.items():
+        if path not in stored:
+            found += [] if path in optional else [f"has no {path}"]
+        elif (shape := parameter_shape(stored[path])) != tuple(leaf.shape):
+            found.append(f"{path} has shape {shape}, this model needs {tuple(leaf.shape)}")
+    return found
+
+
 def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[str] = ()) -> Flat:
     """Reads the `wanted` parameters only, each straight onto its sharding.
 
@@ -414,21 +433,13 @@ def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[s
       UserError: a wanted parameter is missing or has another shape.
     """
     stored = stored_rows(export)
-    absent = [path for path in wanted if path not in stored and path not in optional]
-    if absent:
-        raise UserError(
-            f"{export}: has no {absent[0]} (and {len(absent) - 1} more); it is an export of another model"
-        )
+    if differences := parameter_differences(stored, wanted, optional):
+        raise UserError(f"{export}: is an export of another model ({listed(differences)})")
     together: dict[epath.Path, dict[str, jax.ShapeDtypeStruct]] = {}
     in_ranges = {}
     for path, leaf in wanted.items():
         if path not in stored:
             continue
-        if (shape := parameter_shape(stored[path])) != tuple(leaf.shape):
-            raise UserError(
-                f"{export}: {path} has shape {shape}, this model needs {tuple(leaf.shape)}; it is an export "
-                "of another model"
-            )
         if len(stored[path]) == 1:
             together.setdefault(stored[path][0].folder, {})[path] = leaf
         else:

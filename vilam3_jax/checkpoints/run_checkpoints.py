@@ -13,14 +13,14 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.errors import UnavailableError, UserError, listed
 from vilam3_jax.runtime import paths, processes
 
 logger = logging.getLogger(__name__)
@@ -141,11 +141,17 @@ class RunCheckpoints:
             if not (self._root / str(step) / FILES).exists():
                 _seal(self._root / str(step))
 
-    def restore(self, abstract: Any) -> Restored | None:
+    def restore(
+        self, abstract: Any, changed_settings: Callable[[dict[str, Any]], Sequence[str]] = lambda run: ()
+    ) -> Restored | None:
         """Loads the newest intact checkpoint onto the shardings of `abstract`; None if there is none.
 
         Torn checkpoints (files missing or too short) are skipped, moved to `<workdir>/checkpoints_damaged`
         and logged. Unfinished saves are removed.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+          changed_settings: the record `run` ↦ settings that explain other shapes, to be listed first.
 
         Raises:
           UserError: the checkpoint has another model or optimizer, or all checkpoints are damaged.
@@ -156,7 +162,7 @@ class RunCheckpoints:
         for step in reversed(processes.from_primary_process(self.steps())):
             primary = processes.is_primary_process()
             problem = processes.from_primary_process(_damage(self._root / str(step)) if primary else None)
-            restored = problem or self._load(step, abstract)
+            restored = problem or self._load(step, abstract, changed_settings)
             if isinstance(restored, Restored):
                 self._move_damaged(damaged, step)
                 return restored
@@ -169,14 +175,19 @@ class RunCheckpoints:
             )
         return None
 
-    def _load(self, step: int, abstract: Any) -> Restored | str:
+    def _load(
+        self, step: int, abstract: Any, changed_settings: Callable[[dict[str, Any]], Sequence[str]]
+    ) -> Restored | str:
         """Returns the content of a checkpoint, or the error of a damaged one."""
+        folder = self._root / str(step)
         # Before loading: TensorStore logs thousands of lines for arrays of other shapes.
-        differences = [found for found in processes.gather(self._difference(step, abstract)) if found]
+        differences = next(filter(None, processes.gather(self._differences(step, abstract))), [])
         if differences:
+            settings = changed_settings(read_run(folder))
             raise UserError(
-                f"{self._root / str(step)}: does not fit this config ({differences[0]}); it was saved with "
-                "another model, optimizer, ema_decay or skip.window: restore them, or use another --workdir"
+                f"{folder}: does not fit this config ({listed([*settings, *differences])}); it was saved "
+                "with another model, optimizer, ema_decay or skip.window: restore them, or use another "
+                "--workdir"
             )
         items, error, transient = None, None, False
         try:
@@ -186,7 +197,7 @@ class RunCheckpoints:
         errors = [found for found in processes.gather([error, transient]) if found[0] is not None]
         if unavailable := [message for message, transient in errors if transient]:
             raise UnavailableError(
-                f"{self._root / str(step)}: cannot be read now ({unavailable[0]}); check the disk or the "
+                f"{folder}: cannot be read now ({unavailable[0]}); check the disk or the "
                 "network and start again"
             )
         if items is not None and not errors:
@@ -194,19 +205,19 @@ class RunCheckpoints:
             return Restored(step, items["state"], data, run)
         return errors[0][0]
 
-    def _difference(self, step: int, abstract: Any) -> str | None:
-        """The first name or shape that differs from `abstract`; None if equal or unreadable."""
+    def _differences(self, step: int, abstract: Any) -> list[str]:
+        """The names and shapes that differ from `abstract`; none if it is unreadable."""
         try:
             stored = _shapes(self._manager.checkpointables_metadata(step).metadata["state"])
         except Exception:  # see `_load`
-            return None
+            return []
         wanted = _shapes(abstract)
-        for name in sorted(stored.keys() ^ wanted.keys()):
-            return f"{name} is {'not in this model' if name in stored else 'missing'}"
-        for name, shape in wanted.items():
-            if stored[name] != shape:
-                return f"{name} has shape {stored[name]}, this model needs {shape}"
-        return None
+        names = sorted(stored.keys() ^ wanted.keys())
+        return [f"{name} is {'not in this model' if name in stored else 'missing'}" for name in names] + [
+            f"{name} has shape {stored[name]}, this model needs {shape}"
+            for name, shape in wanted.items()
+            if name in stored and stored[name] != shape
+        ]
 
     def _remove_unfinished(self) -> None:
         """Removes interrupted saves; raises UserError for a complete one that Orbax would overlook."""

@@ -15,16 +15,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from vilam3_jax.data.examples import Example, ImageRef
-from vilam3_jax.datasets import parquet, table_questions, user_data
+from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef
+from vilam3_jax.data.experts.cards import DEFAULT_LIST, load_cards
+from vilam3_jax.datasets import parquet, table_experts, table_questions, user_data
 from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.image_files import image_or_dicom, stored_image
 from vilam3_jax.datasets.record_files import digest
 from vilam3_jax.datasets.source_files import SourceFolder
+from vilam3_jax.datasets.table_experts import TableCall
 from vilam3_jax.datasets.table_questions import ONE_HOT, LabelColumn, cell_text
 from vilam3_jax.datasets.user_data import STATED, TRAIN, UserFile
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, listed
 from vilam3_jax.runtime import paths
 
 _MAX_TEMPLATES = 16 << 20  # bytes
@@ -46,6 +48,8 @@ class _Row:
     place: parquet.Place | None = None  # if the table stores the images
     group: int = 0  # shared by rows with a common image or patient
     stored: tuple[int, ...] = ()  # digests of images stored in the table
+    experts: str = ""  # cell of the expert column
+    calls: tuple[TableCall, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Table(UserFile):
       - number: other numbers;
       - text: everything else.
     Training rows vary the wording; other splits use the first one.
+
+    With `--expert`, a column names the experts to call and before which answer, see `table_experts`.
 
     Rows that share an image or, with `--patient`, a patient stay in one split. Splits are drawn by hash, so
     adding unrelated rows does not move a row to another split.
@@ -105,6 +111,14 @@ class Table(UserFile):
         parser.add_argument(
             "--questions", metavar="FILE.json", help="kinds and questions; see docs/datasets_chest.md"
         )
+        parser.add_argument(
+            "--expert",
+            metavar="COLUMN",
+            help="column of expert calls, such as 'CXR()' or 'CXR() before edema'",
+        )
+        parser.add_argument(
+            "--cards", default=DEFAULT_LIST, help="card list of these experts (default: %(default)s)"
+        )
         parser.add_argument("--id", metavar="COLUMN", help="column of record ids (default: image path)")
 
     def splits(self, source: SourceFolder) -> Mapping[str, Split]:
@@ -123,6 +137,8 @@ class Table(UserFile):
             cells = source.table(file, self._columns(), delimiter=_delimiter(source, file))
             values = ((row, None) for row in cells)
         rows, stated, counts = _rows(values, given.label, path)
+        if given.expert:
+            _read_calls(rows, given, path)
         if given.one_hot:
             columns = [table_questions.one_hot_column(given.label, templates.get(ONE_HOT, {}))]
         else:
@@ -154,7 +170,7 @@ class Table(UserFile):
         given = self.options
         columns = {f"image {number}": (name,) for number, name in enumerate(given.image)}
         columns |= {f"label {number}": (name,) for number, name in enumerate(given.label)}
-        single = {"patient": given.patient, "split": given.split, "id": given.id}
+        single = {"patient": given.patient, "split": given.split, "id": given.id, "expert": given.expert}
         return columns | {key: (name,) for key, name in single.items() if name}
 
 
@@ -233,11 +249,41 @@ def _rows(
         stated.append(user_data.split_named(row.get("split")))
         patient = _text(row.get("patient"))
         stored = tuple(found for found in row.get("stored", ()) if found is not None)
-        rows.append(_Row(number, name, images, tuple(cells), patient, problem, place, stored=stored))
+        experts = _text(row.get("expert"))
+        rows.append(
+            _Row(number, name, images, tuple(cells), patient, problem, place, stored=stored, experts=experts)
+        )
     if not rows:
         raise UserError(f"{path}: no rows; export it again")
     _make_ids_unique(rows)
     return rows, stated, counts
+
+
+def _read_calls(rows: Sequence[_Row], given: argparse.Namespace, path: str) -> None:
+    """Sets the calls of all rows; a wrong one is an error before anything is written."""
+    cards = {card.name: card for card in load_cards(given.cards)}
+    labels = () if given.one_hot else given.label
+    known: dict[str, tuple[TableCall, ...] | str] = {}
+    wrong: dict[str, list[int]] = {}
+    for row in rows:
+        if row.experts not in known:
+            try:
+                known[row.experts] = table_experts.parse_calls(row.experts, cards, labels)
+            except ValueError as error:
+                known[row.experts] = str(error)
+        calls = known[row.experts]
+        if isinstance(calls, str):
+            wrong.setdefault(calls, []).append(row.number)
+        else:
+            row.calls = calls
+    if wrong:
+        found = [
+            f"row {first}{f' and {len(others)} more' if others else ''}: {reason}"
+            for reason, (first, *others) in wrong.items()
+        ]
+        raise UserError(
+            f"{path}, column {given.expert}: {listed(found, 3)}; correct the table, or give --cards LIST"
+        )
 
 
 def _images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -272,7 +318,8 @@ def _make_ids_unique(rows: Sequence[_Row]) -> None:
     taken: set[str] = set()
     for row in rows:
         if counts[row.id] > 1:
-            suffix = digest("\0".join((*row.labels, row.patient)).encode("utf-8", "surrogatepass"))
+            content = (*row.labels, row.patient, *filter(None, [row.experts]))
+            suffix = digest("\0".join(content).encode("utf-8", "surrogatepass"))
             row.id = f"{row.id}#{suffix:016x}"
         if row.id in taken:
             row.problem = row.problem or "is a copy of an earlier row"
@@ -316,6 +363,8 @@ def _make(row: _Row, context: Context, *, settings: _Settings) -> Iterator[Examp
         raise SkipItem(row.problem)
     if settings.with_patient:
         text_of(row.patient, "patient")
+    if row.calls and row.place is None and not row.images:
+        raise SkipItem(f"calls {row.calls[0].call.expert}, but names no image")
     images = _images(row, context, settings.root)
     rng = context.rng(row.id, "wording") if context.split == TRAIN else None
     if settings.one_hot:
@@ -339,7 +388,25 @@ def _make(row: _Row, context: Context, *, settings: _Settings) -> Iterator[Examp
         group=None if settings.with_patient else f"{row.group:016x}",
         label_source="dataset",
     )
-    yield conversation(row.id, images, exchanges, meta, questions=questions)
+    requests = _requests(row.calls, questions)
+    example = conversation(row.id, images, exchanges, meta, questions=questions)
+    yield dataclasses.replace(example, expert_requests=requests)
+
+
+def _requests(calls: Sequence[TableCall], questions: Sequence[dict[str, Any]]) -> tuple[ExpertRequest, ...]:
+    """The requests of a row; names the expert of each question in `questions`, for evaluation."""
+    requests = []
+    for made in calls:
+        call = made.call
+        asked = [one["type"] for one in questions]
+        if made.label and made.label not in asked:
+            raise SkipItem(f"calls {call.expert} before {made.label}, whose cell is empty")
+        position = asked.index(made.label) if made.label else 0
+        if questions[position]["expert"] is None:
+            questions[position].update(expert=call.expert, args=call.args)
+        # A turn of the user and one of the assistant for each question.
+        requests.append(ExpertRequest(call.expert, call.args, before_turn=2 * position + 1))
+    return tuple(requests)
 
 
 def _images(row: _Row, context: Context, root: str) -> list[ImageRef]:

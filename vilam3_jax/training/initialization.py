@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from vilam3_jax.checkpoints import exports
-from vilam3_jax.errors import UserError
+from vilam3_jax.errors import UserError, listed
 from vilam3_jax.models import param_paths
 from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.ops.quantized import QuantizedKernel, quantize_kernel
@@ -106,21 +106,23 @@ def _load(
     """Parameters from exports by path, and component → origin."""
     origin = dict.fromkeys(sorted(map(_component, wanted)), "fresh")
     sources: dict[str, str] = {name: source for name, source in init.to_dict().items() if source}
+    parts: dict[str, dict[str, Any]] = {}
+    problems = []
+    others = origin.keys() - sources.keys()
+    for name, source in sources.items():
+        components = others if name == "everything" else {name} & origin.keys()
+        if not components:
+            what = "every part has its own export" if name == "everything" else f"this model has no {name}"
+            raise UserError(f"config init.{name}: {what}; leave it out")
+        parts[name] = {path: leaf for path, leaf in wanted.items() if _component(path) in components}
+        if found := _differences(source, model, parts[name], components):
+            problems.append(mismatch(source, found))
+    if problems:
+        raise UserError("; ".join(problems))
     loaded: dict[str, Any] = {}
     for name, source in sources.items():
-        part = {path: x for path, x in wanted.items() if name in ("everything", _component(path))}
-        if not part:
-            raise UserError(f"config init.{name}: this model has no {name}")
-        others = sources.keys() - {name}
-        components = set(map(_component, part)) - others
-        adapters = any(
-            _LORA in path and _component(path) in components for path in exports.stored_rows(source)
-        )
-        stored = exports.load_model_config(source).to_dict()
-        check_architecture(source, stored, model, components, adapters)
-        # A component with its own export may be absent from the one for `everything`.
-        optional = {path for path in part if _LORA in path or _component(path) in others}
-        read = partial(exports.load_params, source, optional=optional)
+        part = parts[name]
+        read = partial(exports.load_params, source, optional=_adapters(part))
         found = read({path: leaf for path, leaf in part.items() if path not in quantized})
         found |= frozen_kernels.load({path: quantized[path] for path in part if path in quantized}, read)
         loaded.update(found)
@@ -132,22 +134,50 @@ def _component(path: str) -> str:
     return path.split("/")[0]
 
 
-def check_architecture(
-    source: str, stored: Mapping[str, Any], model: ModelConfig, components: set[str], adapters: bool
-) -> None:
-    """Compares settings that shapes do not show, such as a rotary base or the epsilon of a norm.
+def _adapters(paths: Iterable[str]) -> set[str]:
+    """Those that may be absent from an export: adapters of an LLM that had none."""
+    return {path for path in paths if _LORA in path}
+
+
+def _differences(source: str, model: ModelConfig, part: Mapping[str, Any], components: Set[str]) -> list[str]:
+    """Settings, and then parameters, in which the export `source` differs from this run."""
+    rows = exports.stored_rows(source)
+    adapters = any(_component(path) in components for path in _adapters(rows))
+    stored = exports.load_model_config(source).to_dict()
+    found = architecture_differences(stored, model, components, adapters)
+    absent = sorted(components - set(map(_component, rows)))
+    # Other settings have other shapes; only those that no setting explains are worth a line.
+    explained = {difference.split(".")[0] for difference in found} | set(absent)
+    unexplained = {path: leaf for path, leaf in part.items() if _component(path) not in explained}
+    found = [*(f"has no {name}" for name in absent), *found]
+    return found + exports.parameter_differences(rows, unexplained, _adapters(part))
+
+
+def mismatch(source: str, differences: Sequence[str]) -> str:
+    """The message for parameters of another model; `differences` are those of `architecture_differences`."""
+    if all(".lora_" in difference for difference in differences):
+        fix = "set them so, or merge the adapters by `vilam3 convert export` and import the result"
+    else:
+        fix = "it is another model: set config model to its values, or choose another source"
+    return f"{source}: does not fit this config ({listed(differences)}); {fix}"
+
+
+def architecture_differences(
+    stored: Mapping[str, Any], model: ModelConfig, components: Collection[str], adapters: bool
+) -> list[str]:
+    """Compares all settings, also those that shapes do not show, such as a rotary base or a norm's epsilon.
 
     Args:
-      source: source of the parameters, for the message.
-      stored: the model's config there.
+      stored: the model's config at the source of the parameters.
       model: section of this run's config.
       components: those that are loaded.
       adapters: whether they include LoRA adapters, whose targets and alpha must then agree.
 
-    Raises:
-      UserError: a setting differs.
+    Returns:
+      One text per setting that differs, such as `llm.num_layers=2, this config 4`.
     """
     own = model.to_dict()
+    differences = []
     sections = {name: part for name, part in stored.items() if name in components and part}
     for component, section in sorted(sections.items()):
         for key, value in section.items():
@@ -155,12 +185,8 @@ def check_architecture(
             lora = key.startswith("lora_")
             if key == _NOT_ARCHITECTURE or (lora and not adapters) or ours == theirs:
                 continue
-            fix = (
-                "set it so, or merge the adapters by `vilam3 convert export` and import the result"
-                if lora
-                else "it is another model"
-            )
-            raise UserError(f"{source}: its {component} has {key}={theirs}, this config {ours}; {fix}")
+            differences.append(f"{component}.{key}={theirs}, this config {ours}")
+    return differences
 
 
 def _plain(value: Any) -> Any:

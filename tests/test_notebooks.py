@@ -101,10 +101,7 @@ PROBES = {
         "trigger": reply.transcript.trigger, "answer": reply.answer, "overlay": reply.overlay.shape,
         "organs": {s.name: s.volume_ml for s in reply.transcript.annotations[-1].segments},
     }""",
-    "swap_components": """{
-        "counts": counts,
-        "losses": {name: (result.loss_first, result.loss_last) for name, result in results.items()},
-    }""",
+    "swap_components": """{"counts": counts, "losses": losses}""",
     "your_own_data": """{"accuracy": accuracy, "answer": reply.answer, "questions": len(answers)}""",
     "your_own_expert": """{
         "voxels": int(found.labels.sum()), "triggers": [one.transcript.trigger for one in (stored, live)],

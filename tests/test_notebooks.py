@@ -176,8 +176,9 @@ def test_ask_a_model(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_swap_components(tmp_path, monkeypatch):
     work, found, _ = execute("swap_components", tmp_path, monkeypatch)
-    swapped = (work / "changed.txt").read_text()
-    assert "> model.llm.hidden_size = 1536" in swapped and "vision_tower" not in swapped
+    before, after = (set((work / f"{one}.txt").read_text().splitlines()) for one in ("before", "after"))
+    assert "model.llm.hidden_size = 1536" in after - before
+    assert all(line.startswith("model.llm.") for line in after - before)
     counts = found["counts"]
     for part, other in (("tower", "llm"), ("projector", "vision_tower"), ("llm", "vision_tower")):
         name = {"tower": "vision_tower"}.get(part, part)

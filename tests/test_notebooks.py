@@ -133,13 +133,14 @@ def execute(name, folder, monkeypatch):
     probe = f"import json\nprint(json.dumps({PROBES[name]}))"
     notebook.cells.append(nbformat.v4.new_code_cell(probe, id="probe"))
     client = nbclient.NotebookClient(
-        notebook, kernel_name="python3", resources={"metadata": {"path": folder}}
+        notebook, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     try:
         asyncio.run(asyncio.wait_for(client.async_execute(), LIMIT))
     except (CellExecutionError, TimeoutError) as error:
-        started = [cell for cell in code_cells(notebook) if cell.execution_count or cell.outputs]
-        pytest.fail(f"{name}.ipynb {described(started[-1], error)}", pytrace=False)
+        cells = code_cells(notebook)
+        started = [cell for cell in cells if cell.execution_count or cell.outputs] or cells[:1]
+        pytest.fail(f"{name}.ipynb, {described(started[-1], error)}", pytrace=False)
     pictures = [
         output
         for cell in code_cells(notebook)

@@ -147,7 +147,7 @@ def execute(name, folder, monkeypatch):
         for output in cell.outputs
         if "image/png" in output.get("data", {})
     ]
-    said = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
+    said = "".join(output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout")
     (work,) = folder.glob("vilam3_*")
     return work, json.loads(said), len(pictures)
 

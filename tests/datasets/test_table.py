@@ -122,6 +122,28 @@ def test_rows_of_one_image_get_ids_of_their_own(tmp_path):
     ]
 
 
+def test_rows_with_their_own_question(tmp_path):
+    rows = [
+        ["im/0.png", "Is there an effusion?", "Yes"],
+        ["im/0.png", "Is it on the left?", "Yes"],
+        ["im/0.png", "Where is it?", "on the right"],
+        ["im/0.png", "Where is it?", "on the right"],
+        ["im/1.png", "", "no"],
+        ["im/1.png", "Is there an effusion?", ""],
+    ]
+    write_table(tmp_path, [["file", "ask", "reply"], *rows])
+    argv = ("--image", "file", "--label", "reply", "--question", "ask", "--heldout", "0")
+    examples, skipped = built(tmp_path, *argv)
+    found = [(one.turns[0].text, one.turns[1].text, one.meta["qa"][0]) for one in examples["train"]]
+    assert [(q.removeprefix("<image>\n"), a) for q, a, _ in found] == [(q, a) for _, q, a in rows[:3]]
+    kinds = [(qa["type"], qa["answer"], qa["options"]) for *_, qa in found]
+    assert kinds == [("closed", "yes", ["yes", "no"])] * 2 + [("open", "on the right", [])]
+    assert len({one.id for one in examples["train"]}) == 3
+    assert [one.reason for one in skipped["train"]] == [
+        "is a copy of an earlier row", "the ask is empty", "all labels are empty",
+    ]  # fmt: skip
+
+
 def test_one_hot_labels(tmp_path):
     rows = [["im/0.png", 1, 0, 0], ["im/1.png", 0, 0, 1], ["im/2.png", 1, 1, 0], ["im/3.png", "", "", ""]]
     rows += [["im/4.png", 0, 0, 0], ["im/5.png", 0, "x", 1], ["im/6.png", "", 0, 1]]
@@ -359,6 +381,8 @@ def test_options_that_do_not_go_together(tmp_path):
         (("--image", "file"), "give --image COLUMN and --label COLUMN"),
         (("--image", "file", "--label", "a", "A"), "a column is named twice"),
         (("--image", "file", "--label", "a", "--one-hot"), "needs two --label columns"),
+        (("--image", "file", "--label", "a", "b", "--question", "c"), "needs one --label COLUMN"),
+        (("--image", "file", "--label", "a", "--question", "c"), "no column c"),
         (("--image", "file", "--label", "a", "--split-by", "patient"), "needs --patient COLUMN"),
         (("--image", "file", "--label", "a", "--heldout", "1"), "give a share"),
         (("--image", "file", "--label", "a", "--images", str(tmp_path / "no")), "no such folder"),

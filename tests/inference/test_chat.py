@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 import sys
 
@@ -53,6 +54,13 @@ def test_load_answers_about_a_scan_and_a_film(assistant, world):
     assert "<ORGANS(args)>" in film.transcript.prompt
     again = assistant.ask(load_pixels(world.film), PROMPT, max_new_tokens=4)
     assert (again.answer, again.notes) == (film.answer, film.notes)
+
+
+def test_loading_logs_nothing(export, caplog):
+    """A warning of a library inside would appear above the first answer in a notebook."""
+    caplog.set_level(logging.WARNING, "absl")  # commands silence it
+    vilam3_jax.load(export, expert_host="off").close()
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_the_image_has_what_experts_need(world):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import pytest
 from absl import flags
@@ -14,7 +12,7 @@ from vilam3_jax import config as config_lib
 from vilam3_jax import tasks  # noqa: F401, registers batches as pytrees
 from vilam3_jax.data.batches import PackedBatch
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import build, model_config, param_paths
+from vilam3_jax.models import build, model_config
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import program as program_lib
 
@@ -29,25 +27,15 @@ PUBLISHED = {
 }
 
 
-def counts(cfg, task="generative"):
-    """component -> number of parameters, without allocating any."""
-    _, abstract = build.abstract_model(cfg, task)
-    out: dict[str, int] = {}
-    for path, leaf in param_paths.flatten(abstract).items():
-        part = path.partition("/")[0]
-        out[part] = out.get(part, 0) + math.prod(leaf.shape)
-    return out
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_published_counts(name):
-    got = counts(models.get(name))
+    got = build.parameter_counts(models.get(name))
     assert {part: got[part] for part in PUBLISHED[name]} == PUBLISHED[name]
 
 
 def test_released_file_sizes():
     """Bytes of the released bf16 files: SigLIP 857 MB, Sheared-LLaMA 4.97 GB + 429 MB."""
-    got = counts(models.get("vila_m3_3b"))
+    got = build.parameter_counts(models.get("vila_m3_3b"))
     assert 2 * got["vision_tower"] / 1e6 == pytest.approx(857, abs=1)
     assert 2 * got["llm"] / 1e9 == pytest.approx(4.97 + 0.429, abs=0.01)
 
@@ -95,14 +83,14 @@ def test_llm_counts_equal_transformers(name):
     )
     model = getattr(transformers, f"{family}ForCausalLM")
     assert number_of_parameters(lambda: model(config)) == total
-    assert counts(models.get(f"vila_m3_3b,llm={name}"))["llm"] == total
+    assert build.parameter_counts(models.get(f"vila_m3_3b,llm={name}"))["llm"] == total
 
 
 def test_smollm2_count():
     """The published model, with tied embeddings: 134,515,008 parameters."""
     config = models.get("smollm2_135m")
     config.llm.lora_rank = 0
-    assert counts(config)["llm"] == 134_515_008
+    assert build.parameter_counts(config)["llm"] == 134_515_008
 
 
 # image size, patch, hidden, MLP, layers, heads; text vocabulary.
@@ -133,9 +121,9 @@ def test_siglip_counts_equal_transformers(name):
     config = transformers.SiglipConfig(vision_config=vision, text_config=text)
     cfg = models.get(f"vila_m3_3b,tower={name}")
     want = number_of_parameters(lambda: transformers.SiglipModel(config))
-    assert sum(counts(cfg, "contrastive").values()) == want
+    assert sum(build.parameter_counts(cfg, "contrastive").values()) == want
     vision = number_of_parameters(lambda: transformers.SiglipVisionModel(config.vision_config))
-    assert counts(cfg)["vision_tower"] == vision
+    assert build.parameter_counts(cfg)["vision_tower"] == vision
     if name == "siglip_so400m_384":
         assert vision == 428_225_600
 
@@ -155,7 +143,7 @@ def test_intern_vit_count():
         attention_bias=False,
         use_absolute_position_embeddings=True,
     )
-    got = counts(models.get("vila_m3_40b"))["vision_tower"]
+    got = build.parameter_counts(models.get("vila_m3_40b"))["vision_tower"]
     assert got == number_of_parameters(lambda: transformers.InternVLVisionModel(config))
     assert 2 * got / 1e9 == pytest.approx(4.99 + 4.94 + 1.15, abs=0.02)
 
@@ -206,7 +194,7 @@ def test_unknown_parts_are_named(spec, message):
 
 def test_widths_that_differ_are_named():
     with pytest.raises(UserError, match="tower has 1152 and the LLM 4096"):
-        counts(models.get("vila_m3_8b,projector=identity"))
+        build.parameter_counts(models.get("vila_m3_8b,projector=identity"))
 
 
 def test_one_number_of_a_published_size_is_overridden():

@@ -27,7 +27,12 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from vilam3_jax.checkpoints.run_checkpoints import UNCOMPRESSED, first_line, versions
+from vilam3_jax.checkpoints.run_checkpoints import (
+    first_line,
+    loading_a_part,
+    saving_uncompressed,
+    versions,
+)
 from vilam3_jax.errors import UserError, listed
 from vilam3_jax.models import build, param_paths
 from vilam3_jax.models.model_config import ModelConfig
@@ -239,7 +244,7 @@ def _write_part(
         folder.rmtree(missing_ok=True)
     processes.barrier(f"part {folder}")
     arrays = {leaf.key: make(leaf) for leaf in part}
-    with ThreadPoolExecutor(1) as pool, ocp.Context(array_options=UNCOMPRESSED):
+    with ThreadPoolExecutor(1) as pool, saving_uncompressed():
         hashing = {key: pool.submit(_digest, array) for key, array in arrays.items() if verify}
         ocp.save(folder, arrays)
         digests = {key: digest.result() for key, digest in hashing.items()}
@@ -451,9 +456,8 @@ def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[s
 
 
 def _load(folder: epath.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> Flat:
-    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
     try:
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        with loading_a_part():
             return dict(ocp.load(folder, leaves))
     except Exception as error:  # see `stored_rows`
         raise UserError(f"{folder}: is damaged ({first_line(error)}); export the model again") from error

@@ -18,7 +18,13 @@ import pyarrow.parquet
 from vilam3_jax.data.examples import Example, ExpertRequest, ImageRef
 from vilam3_jax.data.experts.cards import DEFAULT_LIST, load_cards
 from vilam3_jax.datasets import parquet, table_experts, table_questions, user_data
-from vilam3_jax.datasets.conversations import conversation, metadata, question_meta, text_of
+from vilam3_jax.datasets.conversations import (
+    conversation,
+    free_question,
+    metadata,
+    question_meta,
+    text_of,
+)
 from vilam3_jax.datasets.dataset import Context, SkipItem, Split
 from vilam3_jax.datasets.image_files import image_or_dicom, stored_image
 from vilam3_jax.datasets.record_files import digest
@@ -43,6 +49,7 @@ class _Row:
     id: str
     images: tuple[Any, ...]  # cells of the image columns; empty if the table stores the images
     labels: tuple[str, ...]
+    question: str = ""  # with `--question`
     patient: str = ""
     problem: str = ""  # reason to skip the row
     place: parquet.Place | None = None  # if the table stores the images
@@ -58,6 +65,7 @@ class _Settings:
     columns: tuple[LabelColumn, ...]  # a single one for one-hot labels
     labels: tuple[str, ...]  # headers
     modality: str
+    question: str  # header of the column of questions, or ""
     with_patient: bool
     one_hot: bool
 
@@ -75,6 +83,8 @@ class Table(UserFile):
     Training rows vary the wording; other splits use the first one.
 
     With `--expert`, a column names the experts to call and before which answer, see `table_experts`.
+
+    With `--question COLUMN`, a row states its question, and its label is the answer.
 
     Rows that share an image or, with `--patient`, a patient stay in one split. Splits are drawn by hash, so
     adding unrelated rows does not move a row to another split.
@@ -96,6 +106,11 @@ class Table(UserFile):
             raise UserError("--split-by patient needs --patient COLUMN, the column that names the patient")
         if given.one_hot and len(given.label) < 2:
             raise UserError("--one-hot needs two --label columns or more")
+        if given.question and (len(given.label) != 1 or given.questions or given.one_hot):
+            raise UserError(
+                "--question COLUMN needs one --label COLUMN, with the answers, and neither --questions nor "
+                "--one-hot"
+            )
         names = [name.strip().casefold() for name in given.label]
         if len(set(names)) != len(names):
             raise UserError(f"--label {' '.join(given.label)}: a column is named twice")
@@ -107,6 +122,9 @@ class Table(UserFile):
             "--image", nargs="+", default=[], metavar="COLUMN", help="columns of image paths or images"
         )
         parser.add_argument("--label", nargs="+", default=[], metavar="COLUMN", help="label columns")
+        parser.add_argument(
+            "--question", metavar="COLUMN", help="column of questions; the label column has the answers"
+        )
         parser.add_argument("--one-hot", action="store_true", help="the label columns encode one class")
         parser.add_argument(
             "--questions", metavar="FILE.json", help="kinds and questions; see docs/datasets_chest.md"
@@ -137,6 +155,8 @@ class Table(UserFile):
             cells = source.table(file, self._columns(), delimiter=_delimiter(source, file))
             values = ((row, None) for row in cells)
         rows, stated, counts = _rows(values, given.label, path)
+        if given.question:
+            templates = {given.label[0]: {"kind": "text"}}
         if given.expert:
             _read_calls(rows, given, path)
         if given.one_hot:
@@ -151,6 +171,7 @@ class Table(UserFile):
             tuple(columns),
             tuple(given.label),
             given.modality,
+            given.question or "",
             with_patient=bool(given.patient),
             one_hot=given.one_hot,
         )
@@ -170,7 +191,13 @@ class Table(UserFile):
         given = self.options
         columns = {f"image {number}": (name,) for number, name in enumerate(given.image)}
         columns |= {f"label {number}": (name,) for number, name in enumerate(given.label)}
-        single = {"patient": given.patient, "split": given.split, "id": given.id, "expert": given.expert}
+        single = {
+            "question": given.question,
+            "patient": given.patient,
+            "split": given.split,
+            "id": given.id,
+            "expert": given.expert,
+        }
         return columns | {key: (name,) for key, name in single.items() if name}
 
 
@@ -243,6 +270,11 @@ def _rows(
             else:
                 if len(counts[position]) < _MAX_VALUES or cells[-1] in counts[position]:
                     counts[position][cells[-1]] += 1
+        question = ""
+        try:
+            question = cell_text(row.get("question"), "question")
+        except SkipItem as reason:
+            problem = problem or str(reason)
         images = _images_of(row)
         own = row.get("id")
         name = _name(own) or (_name(images[0]) if images else "") or f"row-{number}"
@@ -251,7 +283,18 @@ def _rows(
         stored = tuple(found for found in row.get("stored", ()) if found is not None)
         experts = _text(row.get("expert"))
         rows.append(
-            _Row(number, name, images, tuple(cells), patient, problem, place, stored=stored, experts=experts)
+            _Row(
+                number,
+                name,
+                images,
+                tuple(cells),
+                question,
+                patient,
+                problem,
+                place,
+                stored=stored,
+                experts=experts,
+            )  # fmt: skip
         )
     if not rows:
         raise UserError(f"{path}: no rows; export it again")
@@ -313,12 +356,13 @@ def _text(value: object) -> str:
 
 
 def _make_ids_unique(rows: Sequence[_Row]) -> None:
-    """Appends a digest of the labels to duplicate ids, and marks copies."""
+    """Appends a digest of labels and question to duplicate ids, and marks copies."""
     counts = collections.Counter(row.id for row in rows)
     taken: set[str] = set()
     for row in rows:
         if counts[row.id] > 1:
-            content = (*row.labels, row.patient, *filter(None, [row.experts]))
+            own = (row.question, row.experts)
+            content = (*row.labels, row.patient, *filter(None, own))
             suffix = digest("\0".join(content).encode("utf-8", "surrogatepass"))
             row.id = f"{row.id}#{suffix:016x}"
         if row.id in taken:
@@ -375,6 +419,11 @@ def _make(row: _Row, context: Context, *, settings: _Settings) -> Iterator[Examp
     exchanges, questions = [], []
     for column, answer in zip(settings.columns, answers, strict=True):
         if answer is None:
+            continue
+        if settings.question:
+            text = text_of(row.question, settings.question)
+            exchanges.append((text, answer))
+            questions.append(free_question(text, answer))
             continue
         text = column.question(rng, len(images))
         exchanges.append((text, answer.capitalize() if column.kind == "yes_no" else answer))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import math
 from typing import Any
 
 import jax
 from flax import nnx
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.models import families, projector, siglip
+from vilam3_jax.models import families, param_paths, projector, siglip
 from vilam3_jax.models.contrastive import TwoTower
 from vilam3_jax.models.families import ParameterRules
 from vilam3_jax.models.model_config import resolve
@@ -37,6 +39,14 @@ def build(cfg: Any, task: str, key: jax.Array) -> nnx.Module:
 def abstract_model(cfg: Any, task: str) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Structure and parameter shapes (nested dict of ShapeDtypeStruct) of a model; allocates nothing."""
     return compat.split(nnx.eval_shape(lambda: build(cfg, task, jax.random.key(0))))
+
+
+def parameter_counts(cfg: Any, task: str = "generative") -> dict[str, int]:
+    """Component, such as "llm", → number of its parameters; allocates nothing. Raises as `build`."""
+    counts: collections.Counter[str] = collections.Counter()
+    for path, leaf in param_paths.flatten(abstract_model(cfg, task)[1]).items():
+        counts[path.partition("/")[0]] += math.prod(leaf.shape)
+    return dict(counts)
 
 
 def init_params(cfg: Any, task: str, key: jax.Array) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def _rows(
                 place,
                 stored=stored,
                 experts=experts,
-            )  # fmt: skip
+            )
         )
     if not rows:
         raise UserError(f"{path}: no rows; export it again")
@@ -416,10 +416,11 @@ def _make(row: _Row, context: Context, *, settings: _Settings) -> Iterator[Examp
     else:
         cells = zip(settings.columns, row.labels, strict=True)
         answers = [column.answer(cell) for column, cell in cells]
-    exchanges, questions = [], []
+    exchanges, questions, asked = [], [], []
     for column, answer in zip(settings.columns, answers, strict=True):
         if answer is None:
             continue
+        asked.append(column.header)
         if settings.question:
             text = text_of(row.question, settings.question)
             exchanges.append((text, answer))
@@ -437,17 +438,21 @@ def _make(row: _Row, context: Context, *, settings: _Settings) -> Iterator[Examp
         group=None if settings.with_patient else f"{row.group:016x}",
         label_source="dataset",
     )
-    requests = _requests(row.calls, questions)
+    requests = _requests(row.calls, questions, asked)
     example = conversation(row.id, images, exchanges, meta, questions=questions)
     yield dataclasses.replace(example, expert_requests=requests)
 
 
-def _requests(calls: Sequence[TableCall], questions: Sequence[dict[str, Any]]) -> tuple[ExpertRequest, ...]:
-    """The requests of a row; names the expert of each question in `questions`, for evaluation."""
+def _requests(
+    calls: Sequence[TableCall], questions: Sequence[dict[str, Any]], asked: Sequence[str]
+) -> tuple[ExpertRequest, ...]:
+    """The requests of a row, whose questions are about the labels `asked`.
+
+    Names the expert of each question in `questions`, for evaluation.
+    """
     requests = []
     for made in calls:
         call = made.call
-        asked = [one["type"] for one in questions]
         if made.label and made.label not in asked:
             raise SkipItem(f"calls {call.expert} before {made.label}, whose cell is empty")
         position = asked.index(made.label) if made.label else 0

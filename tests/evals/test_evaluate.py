@@ -98,7 +98,7 @@ def test_compare(results, tmp_path, capsys):
     folders = [results / arm for arm in ("stage4_no_experts", "stage4_blank", "majority")]
     assert run("compare", *folders, f"--out={tmp_path / 'compared.json'}") == 0
     out = capsys.readouterr().out
-    assert "majority - stage4_no_experts" in out and "too few volumes" in out
+    assert "majority - stage4_no_experts" in out and "too few patients" in out
     shown = json.loads((tmp_path / "compared.json").read_text())
     assert [table["title"].split(" ")[0] for table in shown] == ["Questions", "Oracle", "Differences"]
     assert run("compare", folders[0], folders[0]) == 0

@@ -48,7 +48,7 @@ def test_scores_by_hand():
     assert result["per_class"]["MRI"] == {"n": 3, "clusters": 3, "accuracy": pytest.approx(2 / 3)}
     assert result["confusion"] == {"CT": {"CT": 1, "MRI": 1}, "MRI": {"CT": 1, "MRI": 2}}
     assert result["interval"] is None and result["clusters"] == 5
-    assert "too few volumes" in result["note"]
+    assert "too few patients" in result["note"]
 
 
 def test_wordings_are_averaged_per_class():

@@ -76,7 +76,7 @@ def test_few_clusters_get_values_and_the_words():
     assert overall.question_type == "all"
     assert organ.accuracy == pytest.approx(2 / 3)
     assert organ.interval is None
-    assert organ.note == "too few volumes for an interval"
+    assert organ.note == "too few patients for an interval"
     assert organ.per_cluster == {"p1": 0.5, "p2": 1.0}
     assert (organ.n, organ.clusters) == (3, 2)
     assert dataclasses.asdict(organ)["interval"] is None

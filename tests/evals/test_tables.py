@@ -50,7 +50,7 @@ def test_all_comes_first_then_types():
 def test_few_volumes_give_the_words_and_each_value():
     few = statistics.summarise(rows("stage3", False, 2, clusters=2))
     cell = tables.accuracy_tables(few)[0].rows[0][4]
-    assert cell == "too few volumes for an interval: 0.50, 0.50"
+    assert cell == "too few patients for an interval: 0.50, 0.50"
 
 
 def test_markdown_has_one_cell_per_column_even_with_a_bar_in_a_name():

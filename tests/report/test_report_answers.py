@@ -244,7 +244,7 @@ def test_figures_are_those_of_the_evaluation(own):
     note(own, "majority", summaries=[stored])
     page = Page(written(own, f"--evaluation={own / 'eval' / 'majority'}"))
     assert "Majority answer without a model 12 % of 30 †" in page.text
-    assert page.text.count("† Too few patients or volumes") == 1
+    assert page.text.count("† Too few patients") == 1
     note(own, "majority", summaries=[{"arm": 1}])
     with pytest.raises(UserError, match="'summaries' is damaged"):
         main.write_report(own)

@@ -103,7 +103,7 @@ def test_links_inside_the_page_have_their_target(page):
         tables.MAIN_TITLE,
         tables.ORACLE_TITLE,
         "The model uses its experts: on 12 held-out questions of 12 patients that an expert can",
-        "† Too few patients or volumes for a 95 % interval: fewer than 10.",
+        "† Too few patients for a 95 % interval: fewer than 10.",
         "Stage 2b, pre-train",
         "tokens per second",
         "Held-out, swapped",
@@ -135,8 +135,8 @@ def test_holds(page, words):
 
 def test_missing_intervals_are_explained_once(page, written):
     assert page.texts.count("†") == 2 + 5  # rows of the oracle table, and differences
-    assert page.text.count("Too few patients or volumes") == 1
-    assert "too few volumes for an interval" not in page.text
+    assert page.text.count("Too few patients") == 1
+    assert "too few patients for an interval" not in page.text
 
 
 def test_a_dozen_dialogues_right_and_wrong_with_images(page):

@@ -15,7 +15,7 @@ import numpy as np
 Row = dict[str, Any]
 
 MIN_CLUSTERS = 10
-TOO_FEW = "too few volumes for an interval"
+TOO_FEW = "too few patients for an interval"
 ALL_ALIKE = "every volume scores alike; resampling them cannot show the spread"
 ALL_TYPES = "all"
 

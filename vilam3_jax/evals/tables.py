@@ -15,10 +15,9 @@ ORACLE_NOTE = (
     "Compare the falsified row: a model that reads its expert follows it into the wrong answer."
 )
 MAIN_NOTE = (
-    "Unparsed answers count as wrong. Intervals: 95 %, bootstrap over patients. "
-    "The experts are stand-ins of public-package quality. Not for clinical use."
+    "Unparsed answers count as wrong. Intervals: 95 %, bootstrap over patients. Not for clinical use."
 )
-COLUMNS = ("question type", "label source", "arm", "accuracy", "95 % interval", "n", "volumes", "unparsed")
+COLUMNS = ("question type", "label source", "arm", "accuracy", "95 % interval", "n", "patients", "unparsed")
 
 _GROUPS = {"answerable": "answerable by an expert, not oracle"}
 
@@ -99,6 +98,6 @@ def difference_table(differences: Sequence[tuple[str, Difference]]) -> Table:
         )
         for group, d in differences
     )
-    columns = ("questions", "arms", "difference", "95 % interval", "n", "volumes", "left out")
+    columns = ("questions", "arms", "difference", "95 % interval", "n", "patients", "left out")
     note = "Paired by question, bootstrap over patients; an interval that excludes 0 shows a difference."
     return Table("Differences in accuracy", columns, rows, (note,))

@@ -14,9 +14,7 @@ ORACLE_NOTE = (
     "This table shows whether the model reads what its expert says, not whether the expert is right. "
     "Compare the falsified row: a model that reads its expert follows it into the wrong answer."
 )
-MAIN_NOTE = (
-    "Unparsed answers count as wrong. Intervals: 95 %, bootstrap over patients. Not for clinical use."
-)
+MAIN_NOTE = "Unparsed answers count as wrong. Intervals: 95 %, bootstrap over patients. Not for clinical use."
 COLUMNS = ("question type", "label source", "arm", "accuracy", "95 % interval", "n", "patients", "unparsed")
 
 _GROUPS = {"answerable": "answerable by an expert, not oracle"}

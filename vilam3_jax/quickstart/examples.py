@@ -55,7 +55,7 @@ _HELD_OUT_QUESTIONS = 9  # most in a dialogue
 _MAX_CALLS = 1  # in a dialogue; questions after them are answered from the results so far
 _MAX_ROUNDS = 6  # over the images of a rare expert, so that calling it can be learned
 # Kinds of questions that call an expert: one with more of them needs more dialogues.
-_KINDS_OF_CALLS = {"ORGANS": 3, "BRAINTUMOR": 3, "BRAINSEG": 2, "PNEUMONIA": 1}
+_KINDS_OF_CALLS = {"ORGANS": 3, "BRAINTUMOR": 3, "BRAINSEG": 2, "PNEUMONIA": 1, "": 1}
 # Slices in which the brain is certainly visible or not, read by eye: (plane, slices, visible).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
     "pyradiomics_brain1": (("axial", range(0, 2), False), ("axial", range(3, 23), True)),
@@ -274,28 +274,35 @@ class ExampleBuilder:
         training = split == "train"
         limit = self.size.questions if training else _HELD_OUT_QUESTIONS
         maker = QuestionMaker(self._rng("questions", split), training=training, limit=limit)
-        calls: dict[str, float] = collections.defaultdict(float)
+        asked: dict[str, float] = collections.defaultdict(float)
         for number in range(_MAX_ROUNDS * self.size.dialogues if training else 1):
             # Shuffled: answers are balanced question by question, and neighbouring slices are alike.
-            order = [image for image in images if self._in_round(number, image.facts.expert, calls)]
+            order = [image for image in images if self._in_round(number, image.facts, asked)]
             self._rng("order", split, number).shuffle(order)
             for image in order:
                 example = self._dialogue(image, split, number, maker.dialogue(image.facts))
-                if number < self.size.dialogues or example.expert_requests:
-                    for request in example.expert_requests:
-                        calls[request.expert] += 1 / _KINDS_OF_CALLS[request.expert]
+                unaided = (
+                    _tumor_without_expert(image.facts) and "tumor_present" in example.meta["question_types"]
+                )
+                if number == 0 or unaided or example.expert_requests:
                     yield "instruct", split, example
+                if unaided or example.expert_requests:
+                    name = image.facts.expert or ""
+                    asked[name] += 1 / _KINDS_OF_CALLS[name]
         for reason, count in maker.unasked.items():
             self.skipped[f"{split}: question not asked, {reason}"] += count
 
-    def _in_round(self, number: int, expert: str | None, calls: Mapping[str, float]) -> bool:
+    def _in_round(self, number: int, facts: Facts, asked: Mapping[str, float]) -> bool:
         """All images are in the first round of dialogues, those with an expert in `size.dialogues` rounds.
 
-        Later rounds have those whose expert has fewer calls of a kind than the one with most.
+        Later rounds have those whose expert has fewer calls of a kind than the one with most, and scans whose
+        tumor no expert can see: that a question about tumors does not always call one must be learned, too.
         """
-        if number == 0 or expert is None:
+        if number == 0 or (facts.expert is None and not _tumor_without_expert(facts)):
             return number == 0
-        return number < self.size.dialogues or calls.get(expert, 0) < 0.9 * max(calls.values(), default=0)
+        if number < self.size.dialogues:
+            return True
+        return asked.get(facts.expert or "", 0) < 0.9 * max(asked.values(), default=0)
 
     def _dialogue(self, image: LabelledImage, split: str, number: int, questions: list[Question]) -> Example:
         facts = image.facts
@@ -353,6 +360,10 @@ class ExampleBuilder:
                 }
                 turns = (Turn("assistant", report.text, True),)
                 yield "reports", split, Example(f"reports/{report.id}", "document", (), turns, (), meta)
+
+
+def _tumor_without_expert(facts: Facts) -> bool:
+    return facts.expert is None and facts.tumor is not None and facts.modality == "CT"
 
 
 def hashed(patient: str) -> str:

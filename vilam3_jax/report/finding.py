@@ -11,8 +11,7 @@ from vilam3_jax.report import formatting, runs
 Entry = Mapping[str, Any]
 Row = Mapping[str, Any]
 
-ARMS = ("stage4_experts", "stage4_no_experts", "stage4_falsified", "majority")
-_WITH, _WITHOUT, _FALSIFIED, _ = ARMS
+_WITH, _WITHOUT, _FALSIFIED, _ = runs.ARMS
 
 
 class Contrast(NamedTuple):

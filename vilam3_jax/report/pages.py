@@ -53,7 +53,7 @@ def quickstart_page(run: runs.Run, document: Mapping[str, Any], samples: Samples
       answers_file: the page of all answers, in the same folder.
     """
     answerable = {one["arm"]: one for one in document["answerable"]}
-    shown = {arm: answerable[arm] for arm in finding.ARMS if arm in answerable}
+    shown = {arm: answerable[arm] for arm in runs.ARMS if arm in answerable}
     return _render(
         "quickstart.html",
         answers_file=answers_file,

@@ -15,7 +15,8 @@ from vilam3_jax.runtime import paths
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")
 # In the order of tables; the first columns are visible on a phone.
-ARMS = ("stage4_experts", "stage4_no_experts", "stage4_falsified", "majority", "stage3", "stage4_blank")
+ARMS = ("stage4_experts", "stage4_no_experts", "stage4_falsified", "majority")
+FURTHER_ARMS = ("stage3", "stage4_blank")  # not in a quickstart run of the default size
 ROW_KEYS = ("item", "cluster", "correct", "unparsed", "question_type", "label_source", "oracle")
 _FILES = (ROWS_FILE, RESULT_FILE)
 _MAX_BYTES = 1 << 30
@@ -75,7 +76,9 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A quickstart folder: stages in the order of training, arms in that of `ARMS`, `eval/retrieval.json`."""
+    """A quickstart folder: stages in the order of training, arms in that of `ARMS` and `FURTHER_ARMS`, and
+    `eval/retrieval.json`.
+    """
 
     folder: epath.Path
     stages: list[Stage]
@@ -174,8 +177,10 @@ def read_run(folder: paths.PathLike) -> Run:
         dataclasses.replace(read_stage(root / "stages" / name, finished=True), name=name) for name in STAGES
     ]
     found = [path.name for path in paths.children(root / "eval") if path.is_dir()]
-    extra = [name for name in found if name not in ARMS and (root / "eval" / name / "rows.jsonl").exists()]
-    arms = [read_arm(root / "eval" / name) for name in (*ARMS, *extra)]
+    answered = [name for name in found if (root / "eval" / name / "rows.jsonl").exists()]
+    further = [name for name in FURTHER_ARMS if name in answered]
+    extra = [name for name in answered if name not in ARMS + FURTHER_ARMS]
+    arms = [read_arm(root / "eval" / name) for name in (*ARMS, *further, *extra)]
     folders = [root / "eval" / arm.name for arm in arms]
     _check_alike(folders, arms, {"protocol_hash": "another protocol", "items_hash": "other questions"})
     return Run(root, stages, arms, read_json(root / "eval" / "retrieval.json"))

@@ -106,7 +106,7 @@ def summary_of(run: runs.Run) -> dict[str, Any]:
     answerable = statistics.summarise(
         row for own in rows.values() for row in own if row.get("expert") and not row["oracle"]
     )
-    pairs = [(rows[first], rows[second]) for first, second in _PAIRS]
+    pairs = [(rows[first], rows[second]) for first, second in _PAIRS if first in rows and second in rows]
     document = {
         "schema_version": SCHEMA_VERSION,
         "stages": stages,

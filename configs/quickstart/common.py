@@ -40,7 +40,7 @@ def shape(config: ConfigDict, size: str, steps: dict[str, int], peak: float) -> 
     config.loss_chunk = 64
     config.eval_every = config.num_steps
     config.eval_batches = dict(smoke=2, default=6, full=16)[size]
-    config.checkpoint_every = max(20, config.num_steps // 4)
+    config.checkpoint_every = max(20, config.num_steps // 2)
     if size == "smoke":  # shows sharding on any machine; without it, a step is a fifth faster
         config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = 2, 2, 4
     return config

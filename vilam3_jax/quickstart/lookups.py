@@ -33,14 +33,15 @@ _LEFT_OUT = ("brain_volume_range", "organ_volume_range")  # comparing numbers ta
 def lookups(count: int, rng: random.Random, split: str = "train") -> Iterator[Example]:
     """Yields at most `count` text-only dialogues of a split, the experts in turn.
 
-    A third of them show class probabilities of a tumor, a third organs: these take the most reading.
+    Fewest are about films, which have one kind of question.
     """
     maker = QuestionMaker(rng, training=True)
     kinds: tuple[Callable[[random.Random], tuple[Facts, Annotation]], ...] = (
         _tumor,
         _organs,
-        _tumor,
+        _brain,
         _film,
+        _tumor,
         _organs,
         _brain,
     )

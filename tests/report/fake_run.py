@@ -18,12 +18,12 @@ from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.records import ExampleWriter
 from vilam3_jax.data.volumes import load_volume
-from vilam3_jax.report.runs import ARMS, STAGES
+from vilam3_jax.report.runs import ARMS, FURTHER_ARMS, STAGES
 
 ORGANS = {1: "liver", 3: "spleen", 6: "aorta", 11: "bladder"}
 EXPERTS = {"stage4_experts": "on", "stage4_falsified": "falsified"}
 IMAGES = {"stage4_blank": "blank"}
-SHARE = dict(zip(ARMS, (0.85, 0.55, 0.3, 0.4, 0.45, 0.5), strict=True))
+SHARE = dict(zip(ARMS + FURTHER_ARMS, (0.85, 0.55, 0.3, 0.4, 0.45, 0.5), strict=True))
 
 
 def phantom(seed, side=40):
@@ -202,7 +202,7 @@ def make_run(folder, **data):
     examples, notes = make_data(folder, **data)
     for number, name in enumerate(STAGES):
         make_stage(folder / "stages" / name, number)
-    for arm in ARMS:
+    for arm in SHARE:
         rows = [
             make_row(arm, one, position, qa, notes[one.meta["input_key"]])
             for one in examples

@@ -173,7 +173,7 @@ def test_summary_is_written_beside_the_page(written):
 
 
 def test_hostile_text_is_shown_as_text(run):
-    for arm in runs.ARMS:
+    for arm in runs.ARMS + runs.FURTHER_ARMS:
         path = run / "eval" / arm / "rows.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
@@ -258,11 +258,24 @@ def test_arms_that_were_asked_different_things_are_not_compared(run, key):
 
 
 def test_an_item_that_the_data_does_not_have_is_named(run):
-    for arm in runs.ARMS:
+    for arm in runs.ARMS + runs.FURTHER_ARMS:
         path = run / "eval" / arm / "rows.jsonl"
         path.write_text(path.read_text().replace("instruct/film", "instruct/gone"))
     with pytest.raises(UserError, match="instruct/gone"):
         main.write_report(run)
+
+
+def test_a_run_of_the_default_size_has_four_arms(run):
+    for arm in runs.FURTHER_ARMS:
+        shutil.rmtree(run / "eval" / arm)
+    main.write_report(run)
+    document = json.loads((run / "summary.json").read_text())
+    assert {one["arm"] for one in document["evaluation"]} == set(runs.ARMS)
+    assert {one["second"] for one in document["comparisons"]} == {
+        "stage4_no_experts",
+        "stage4_experts",
+        "majority",
+    }
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -50,7 +50,7 @@ def test_holds_what_the_run_left(document, made):
         assert all(stage[key] == result[key] for key in STAGE_KEYS)
     wanted = {"accuracy": 0.86, "chance": 0.5, "n": 36, "interval": [0.7, 0.95]}
     assert document["retrieval"].items() >= wanted.items() and "protocol" not in document["retrieval"]
-    assert {one["arm"] for one in document["evaluation"]} == set(runs.ARMS)
+    assert {one["arm"] for one in document["evaluation"]} == set(runs.ARMS + runs.FURTHER_ARMS)
     assert all(set(one) >= EVALUATION_KEYS for one in document["evaluation"])
     assert document["machine"]["processor"] == "a processor"
     assert document["versions"]["jax"] == "0.10.2"

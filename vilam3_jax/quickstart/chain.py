@@ -40,7 +40,7 @@ RUN_FILE = "quickstart.json"
 CPUINFO = Path("/proc/cpuinfo")
 STAGE4_ARMS = ("stage4_no_experts", "stage4_experts", "stage4_falsified", "majority")
 # Questions of each type that an expert can answer, and of each other type.
-EVAL_LIMITS = {"smoke": (6, 6), "default": (12, 8), "full": (20, 20)}
+EVAL_LIMITS = {"smoke": (6, 6), "default": (12, 12), "full": (20, 20)}
 _VILAM3, _EXPERTS = ("-m", "vilam3_jax.cli"), ("-m", "vilam3_experts")
 
 

@@ -23,8 +23,12 @@ from vilam3_jax.quickstart.questions import BRAIN_ML, TUMOR_CLASSES, Facts, Ques
 from vilam3_jax.quickstart.volumes import BRAIN_EXPERT
 
 _QUESTIONS = 4  # per look-up
-_ORGANS = sorted(label_universe("ORGANS", "organs").items(), key=lambda item: item[1])
-_BRAIN = 1  # label id
+_BRAIN, _BRAIN_NAME = 1, "brain"  # label
+# Without an image, nothing tells a CT of the brain from an MRI volume, which has another expert.
+_ORGANS = sorted(
+    ((label, name) for label, name in label_universe("ORGANS", "organs").items() if name != _BRAIN_NAME),
+    key=lambda item: item[1],
+)
 _ORGAN_ML = (8.0, 2500.0)
 _SOURCE = "random result"
 _LEFT_OUT = ("brain_volume_range", "organ_volume_range")  # comparing numbers takes more than reading
@@ -116,7 +120,7 @@ def _brain(rng: random.Random) -> tuple[Facts, Annotation]:
         group="", modality="MRI", region="head", plane="axial", expert=BRAIN_EXPERT,
         brain=visible, brain_source=_SOURCE, brain_ml=ml if visible else None, brain_volume_source=_SOURCE,
     )  # fmt: skip
-    return facts, _segmented(BRAIN_EXPERT, "", {(_BRAIN, "brain"): ml} if visible else {})
+    return facts, _segmented(BRAIN_EXPERT, "", {(_BRAIN, _BRAIN_NAME): ml} if visible else {})
 
 
 def _organs(rng: random.Random) -> tuple[Facts, Annotation]:

@@ -25,7 +25,7 @@ NONE_VISIBLE = "none"
 # Round volumes in ml that the ranges of a volume question may start or end at.
 VOLUME_STEPS = (5, 10, 20, 50, 100, 200, 300, 500, 750, 1000, 1250, 1500, 2000, 2500, 3000, 4000)
 # The same for a brain.
-BRAIN_STEPS = (800, 900, 1000, 1100, 1200, 1300, 1400, 1500, 1600, 1800)
+BRAIN_STEPS = (700, 800, 900, 1000, 1100, 1200, 1300, 1400, 1500, 1600, 1700, 1800, 1900)
 # A brain has 900 to 1,600 ml. The volume of a mask that includes the fluid around it is not asked about.
 BRAIN_ML = (900.0, 1600.0)
 _VOLUME_MARGIN = 0.12  # no limit closer to the true volume: rounding would decide the answer

@@ -8,10 +8,10 @@ every step are compared with those of a run that nothing interrupted. Exits with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -89,30 +89,34 @@ def start(root: Path, name: str, processes: int, mesh: Mapping[str, int]) -> lis
         "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    (root / name).mkdir(exist_ok=True)
+    for notes in (root / name).glob(SAMPLES.format("*")):
+        notes.unlink()
     started = []
     for number in range(processes):
         own = [coordinator, f"--num_processes={processes}", f"--process_id={number}"] if processes > 1 else []
         notes = root / name / SAMPLES.format(number)
-        notes.parent.mkdir(exist_ok=True)
-        notes.unlink(missing_ok=True)
         with (root / f"{name}.{number}.log").open("w") as log:
             command = [sys.executable, __file__, "--worker", str(notes), *argv, *own]
             started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
     return started
 
 
-def finish(root: Path, name: str, running: list[subprocess.Popen[bytes]]) -> int:
-    """Waits for the end of a run; returns the step from which it resumed."""
+def finish(root: Path, name: str, running: list[subprocess.Popen[bytes]]) -> None:
+    """Waits for the end of a run."""
     try:
         codes = [process.wait(timeout=PATIENCE) for process in running]
     finally:
         for process in running:
             process.kill()
-    said = (root / f"{name}.0.log").read_text()
     if set(codes) != {0}:
+        said = (root / f"{name}.0.log").read_text()
         raise SystemExit(f"error: the run {name} ended with exit codes {codes}:\n{said}")
-    found = re.search(r"resuming at step (\d+)", said)
-    return int(found[1]) if found else 0
+
+
+def newest_checkpoint(workdir: Path) -> int:
+    """The step from which a run resumes."""
+    return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -169,7 +173,9 @@ def compare(root: Path, name: str, resumed: int, tolerance: float) -> bool:
 def demonstrate(root: Path) -> int:
     """Runs everything in `root`; returns the exit code."""
     began = time.monotonic()
-    make_world(root)
+    print("0. generated scans, datasets, a tokenizer")
+    with (root / "data.log").open("w") as log, contextlib.redirect_stdout(log):
+        make_world(root)
     print("1. two processes, mesh fsdp 2, without interruption")
     finish(root, "unbroken", start(root, "unbroken", 2, TWO_PROCESSES))
     print(
@@ -188,7 +194,8 @@ def demonstrate(root: Path) -> int:
         ("one_process", 1, ONE_PROCESS, TOLERANCE, "one process, another mesh: fsdp 2 x tensor 2"),
         ("two_processes", 2, TWO_PROCESSES, 0.0, "two processes, the same mesh"),
     ):
-        resumed = finish(root, name, start(root, name, processes, mesh))
+        resumed = newest_checkpoint(root / name)
+        finish(root, name, start(root, name, processes, mesh))
         print(f"3. resumed at step {resumed} with {words}")
         same &= compare(root, name, resumed, tolerance)
     print(f"{'the runs are the same' if same else 'THE RUNS DIFFER'}; {time.monotonic() - began:.0f} s")

@@ -1,6 +1,6 @@
 """What the five quickstart runs share, and their lengths by size.
 
-`default` fits 15 minutes on 2 CPU cores, `full` 90; `smoke` is the tiny model on generated phantoms.
+`default` takes about 15 minutes on 2 CPU cores, `full` 90; `smoke` is the tiny model on generated phantoms.
 Same code in all three: only step counts and widths differ.
 """
 

@@ -1,4 +1,4 @@
-"""Exact resumption, shown in about a minute: `make resume-demo`.
+"""A demonstration of exact resumption: `make resume-demo`.
 
 Trains a tiny model on a packed mixture with two processes, kills one of them, and resumes twice from the last
 checkpoint: with one process on another mesh, and with two processes on the same mesh. Samples and losses of

@@ -41,7 +41,7 @@ def get(spec: str) -> ConfigDict:
 
 
 def imported_llm(spec: str) -> str:
-    """Folder of the imported LLM in `spec` (`NAME,llm=FOLDER`); '' if the LLM is none or one of `parts.llms`.
+    """Folder of the imported LLM in `spec` (`NAME,llm=FOLDER`); '' if it names no LLM or one of `parts.llms`.
 
     `config.load` and `config.parse` start such a run from its weights.
     """

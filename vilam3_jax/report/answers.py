@@ -34,7 +34,7 @@ class Entry:
     Attributes:
       image: the image, or None.
       overlays: the same image with the labels of an expert, one for each result that an arm was shown.
-      problem: why there is no image; '' if there is one, or if no image is shown at all.
+      problem: why the image could not be read; '' if it was read, or if the page shows no images.
       questions: about the image.
     """
 

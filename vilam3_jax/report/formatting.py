@@ -74,12 +74,12 @@ def points(value: float) -> str:
 
 
 def interval(ends: Sequence[float] | None) -> str:
-    """A 95 % interval of a share in percent, or the mark of the footnote that says why there is none."""
+    """The 95 % interval of a share, in percent. Without an interval, the footnote mark."""
     return f"{100 * ends[0]:.0f} to {100 * ends[1]:.0f}" if ends else FEW
 
 
 def points_interval(ends: Sequence[float] | None) -> str:
-    """A 95 % interval of a difference in percentage points, or the mark of the footnote."""
+    """The 95 % interval of a difference, in percentage points. Without an interval, the footnote mark."""
     return " to ".join(map(points, ends)) if ends else FEW
 
 

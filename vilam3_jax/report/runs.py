@@ -65,7 +65,7 @@ class Arm:
 
     @property
     def is_majority(self) -> bool:
-        """Whether the most frequent training answer stands in for a model."""
+        """Whether this is the majority baseline, which always gives the most frequent training answer."""
         return self._settings.get("name") == "majority"
 
     @property

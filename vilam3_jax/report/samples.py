@@ -86,7 +86,7 @@ class Samples:
 
         Args:
           data: folder that `vilam3 prepare` wrote.
-          annotations: annotation store; without it, or if the folder is missing, there are no overlays.
+          annotations: annotation store. If it is None or does not exist, no overlays are drawn.
           split: the only split to read; None: all.
           wanted: ids of the examples to keep in memory; None: all.
           preprocessing: how the model shows slices.

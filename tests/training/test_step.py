@@ -193,7 +193,8 @@ def two_scales(**mesh_axes):
 def test_two_scales_sharded_equal_one_device(mode, last):
     configs = two_scales(), two_scales(data=2, fsdp=2, **{last: 2})
     for config in configs:
-        config.model.image_aspect_ratio = mode
+        config.model.update(image_aspect_ratio=mode, max_tiles=4)
+        config.data.images_per_group = 6  # the slots of `tiled_batch`
     one, many = Run(configs[0], one_device()), Run(configs[1])
     before = np.asarray(one.state.trainable["vision_tower/patch_embed/kernel"])
     for index in range(5):

@@ -8,7 +8,7 @@ from vilam3_jax.configs.quickstart import common
 def get_config(arg: str = "default") -> ConfigDict:
     """`arg` is a size: smoke, default or full."""
     config = stage2b_pretrain.get_config(common.model_name(arg))
-    config = common.shape(config, arg, dict(smoke=15, default=76, full=200), peak=2e-3)
+    config = common.shape(config, arg, dict(smoke=15, default=84, full=200), peak=2e-3)
     # A text token is cheap here: this is where the LLM learns to read results.
     config.data.mixture = (("captions", 2.5), ("reports", 0.2), ("lookups", 4))
     config.data.seq_len = 384

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vilam3_jax.quickstart.questions import Facts
 
-_MAX_STRUCTURES = 5
+_MAX_STRUCTURES = 2
 
 # No article before a modality or a plane: it would be "a CT", but "an MRI" and "an axial".
 _OPENINGS = (
@@ -37,8 +37,6 @@ def captions(facts: Facts, structures: Sequence[str], rng: random.Random, count:
     for opening in openings[:count]:
         text = opening.format(plane=facts.plane, modality=facts.modality, region=facts.region)
         text += _content(facts, structures) + "."
-        if facts.volumes_ml and len(structures) > 1:
-            text += f" The largest of them is the {structures[0]}."
         texts.append(_capitalized(text))
     return texts
 

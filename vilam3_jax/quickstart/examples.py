@@ -55,8 +55,8 @@ _HELD_OUT_QUESTIONS = 9  # most in a dialogue
 _MAX_CALLS = 1  # in a dialogue; questions after them are answered from the results so far
 _MAX_ROUNDS = 6  # over the images of a rare expert, so that calling it can be learned
 # Kinds of questions that call an expert: one with more of them needs more dialogues. "" is for tumors that no
-# expert can see; not to call one is as hard as three kinds.
-_KINDS_OF_CALLS = {"ORGANS": 3, "BRAINTUMOR": 3, "BRAINSEG": 2, "PNEUMONIA": 1, "": 3}
+# expert can see; not to call one is as hard as two kinds.
+_KINDS_OF_CALLS = {"ORGANS": 3, "BRAINTUMOR": 3, "BRAINSEG": 2, "PNEUMONIA": 1, "": 2}
 # Slices in which the brain is certainly visible or not, read by eye: (plane, slices, visible).
 _READ_BY_EYE: Mapping[str, tuple[tuple[str, range, bool], ...]] = {
     "pyradiomics_brain1": (("axial", range(0, 2), False), ("axial", range(3, 23), True)),
@@ -89,9 +89,9 @@ class Size:
 SIZES = {
     "smoke": Size(slices=3, heldout_slices=2, films=2, captions=1, dialogues=1, reports=40, lookups=40),
     "default": Size(
-        slices=24,
+        slices=16,
         heldout_slices=12,
-        films=12,
+        films=24,
         captions=2,
         dialogues=2,
         reports=600,

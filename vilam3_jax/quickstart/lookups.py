@@ -1,8 +1,8 @@
 """Look-ups: text-only dialogues about made-up expert results, which teach an LLM to read a result.
 
-Half of them begin one turn earlier, with cards and a question that is answered by a call: they teach which
-expert a question needs. Results are random, so no patient and no image is behind them. Wording and questions
-are those of real expert turns.
+A quarter of them begin one turn earlier, with cards and a question that is answered by a call. Another
+quarter are drills: cards and several questions, each answered by the call that it needs. Results are random,
+so no patient and no image is behind them. Wording and questions are those of real expert turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vilam3_jax.data.experts.wording import Plane
 from vilam3_jax.quickstart.questions import BRAIN_ML, TUMOR_CLASSES, Facts, Question, QuestionMaker
 from vilam3_jax.quickstart.volumes import BRAIN_EXPERT
 
-_QUESTIONS = 4  # per look-up
+_QUESTIONS, _DRILLED = 4, 6  # most per look-up, and per drill
 _BRAIN, _BRAIN_NAME = 1, "brain"  # label
 # Without an image, nothing tells a CT of the brain from an MRI volume, which has another expert.
 _ORGANS = sorted(
@@ -31,7 +31,7 @@ _ORGANS = sorted(
 )
 _ORGAN_ML = (8.0, 2500.0)
 _SOURCE = "random result"
-_LEFT_OUT = ("brain_volume_range", "organ_volume_range")  # comparing numbers takes more than reading
+_RANGES = ("brain_volume_range", "organ_volume_range")
 
 
 def lookups(count: int, rng: random.Random, split: str = "train") -> Iterator[Example]:
@@ -51,26 +51,46 @@ def lookups(count: int, rng: random.Random, split: str = "train") -> Iterator[Ex
     )
     cards = load_cards("quickstart")
     for number in range(count):
-        facts, annotation = kinds[number // 2 % len(kinds)](rng)
-        asked = [q for q in maker.dialogue(facts) if q.expert is not None and q.type not in _LEFT_OUT]
-        rng.shuffle(asked)
-        if asked:
+        meta = {
+            "dataset": "quickstart/lookups",
+            "split": split,
+            "group": f"{split} lookup {number}",
+            "cards": False,  # those that have cards bring their own
+        }
+        if number % 4 == 3:
+            facts_of_all = [kind(rng)[0] for kind in rng.sample(kinds, len(kinds))]
+            asked = [rng.choice(_asked(maker, facts) or [None]) for facts in facts_of_all]
+            chosen = [question for question in asked if question is not None][:_DRILLED]
+            turns = _drill(chosen, cards)
+        else:
+            facts, annotation = kinds[number // 2 % len(kinds)](rng)
+            shown = cards if number % 2 else []
+            asked = _asked(maker, facts)
+            rng.shuffle(asked)
+            # Comparing numbers takes more than reading, but the right expert can be called.
+            asked = [q for place, q in enumerate(asked) if q.type not in _RANGES or (shown and place == 0)]
             chosen = asked[:_QUESTIONS]
-            meta = {
-                "dataset": "quickstart/lookups",
-                "split": split,
-                "group": f"{split} lookup {number}",
-                "question_types": [question.type for question in chosen],
-            }
-            shown = _two_cards(cards, annotation.expert, rng) if number % 2 else []
-            turns = _turns(chosen, annotation, shown)
+            turns = _turns(chosen, annotation, shown) if chosen else ()
+        if turns:
+            meta["question_types"] = [question.type for question in chosen]
             yield Example(f"lookups/{split}/{number}", "conversation", (), turns, (), meta)
 
 
-def _two_cards(cards: list[Card], expert: str, rng: random.Random) -> list[Card]:
-    """The card of `expert` and that of another one, in the order of `cards`."""
-    other = rng.choice([card.name for card in cards if card.name != expert])
-    return [card for card in cards if card.name in (expert, other)]
+def _asked(maker: QuestionMaker, facts: Facts) -> list[Question]:
+    """Questions about an image that its expert can answer."""
+    return [question for question in maker.dialogue(facts) if question.expert is not None]
+
+
+def _drill(asked: list[Question], cards: list[Card]) -> tuple[Turn, ...]:
+    """Questions about different images, each answered by a call."""
+    turns = []
+    for question in asked:
+        called = [card for card in cards if card.name == question.expert]
+        turns += [
+            Turn("user", question.question),
+            call_turn(called, [Call(str(question.expert), question.args)]),
+        ]
+    return tuple(with_cards(turns, cards))
 
 
 def _turns(asked: list[Question], annotation: Annotation, cards: list[Card]) -> tuple[Turn, ...]:

@@ -227,7 +227,8 @@ class QuestionMaker:
         """Returns the questions about one image.
 
         Questions that an expert can answer are adjacent. The general ones precede or follow them at random,
-        so that neither an answer nor a call can be predicted from earlier questions without the image.
+        so that neither an answer nor a call can be predicted from earlier questions without the image. In
+        training they mostly follow: what a first question needs is harder to learn than its answer.
         """
         answerable = [*self._film(facts), *self._brain(facts)]
         film = facts.plane is None
@@ -243,7 +244,8 @@ class QuestionMaker:
             general = general[: max(1, self.limit // 3)]
             answerable = answerable[: self.limit - len(general)]
         answerable.sort(key=lambda q: q.expert is None)
-        return general + answerable if self.rng.random() < 0.5 else answerable + general
+        general_first = self.rng.random() < (0.3 if self.training else 0.5)
+        return general + answerable if general_first else answerable + general
 
     def _ask(
         self,
@@ -301,8 +303,10 @@ class QuestionMaker:
                 self.rng.shuffle(options)
             asked.append(self._ask(facts, "tumor_class", facts.tumor_class, options, source))
             kinds = [name for name in TUMOR_CLASSES if name != "no tumor"]
-            names = [self.rng.choice([name for name in kinds if name != facts.tumor_class])]
-            names += [facts.tumor_class] if facts.tumor_class in kinds else []
+            wrong = [name for name in kinds if name != facts.tumor_class]
+            # In training all of them: with one yes for every no, "a tumor" would be enough to read.
+            names = wrong if self.training else [self.rng.choice(wrong)]
+            names = [*names, facts.tumor_class] if facts.tumor_class in kinds else names[:1]
             for name in names:
                 answer = _yes_no(name == facts.tumor_class)
                 asked.append(self._ask(facts, "tumor_kind", answer, YES_NO, source, name=name))

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-STEPS, SAVED_EVERY, KILLED_AFTER = 30, 5, 12
+STEPS, SAVED_EVERY, KILLED_AFTER = 12, 3, 5
 TOLERANCE = 1e-5  # relative, of losses on another mesh: sums have another order there
 TWO_PROCESSES = {"mesh.fsdp": 2, "mesh.tensor": 1, "mesh.cpu_devices": 1}
 ONE_PROCESS = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.cpu_devices": 4}

@@ -14,12 +14,12 @@ __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from vilam3_jax.inference.chat import load
+    from vilam3_jax.inference.assistant import load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from vilam3_jax.inference.chat import load
+        from vilam3_jax.inference.assistant import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

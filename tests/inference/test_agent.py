@@ -21,6 +21,7 @@ from vilam3_jax.data.volume_slices import SliceRule
 from vilam3_jax.data.volumes import load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
+from vilam3_jax.inference import batching
 from vilam3_jax.inference.generate import Decoded, Generator
 from vilam3_jax.inference.images import open_image
 
@@ -30,56 +31,40 @@ KEY = "ab" * 32
 QUESTION = "Is the liver visible in this slice?"
 
 
-class ScriptedSession:
-    """Records what is appended, and generates the script, row by row and turn by turn."""
+class ScriptedModel:
+    """Stands in for a generator; `answer` runs a dialogue in which the model says given lines."""
 
-    def __init__(self, tokenizer, script):
-        self.tokenizer, self.script = tokenizer, script
-        self.turn = 0
-        self.asked = []
-        self.begin()
-
-    def begin(self):
-        self.tokens = [[] for _ in self.script]
-        self.visual = [[] for _ in self.script]
-        self.images = [[] for _ in self.script]
-
-    def append(self, chunks):
-        for row, chunk in enumerate(chunks):
-            if chunk is not None:
-                shift = len(self.images[row]) * PER_IMAGE
-                self.tokens[row] += chunk.tokens.tolist()
-                self.visual[row] += [v + shift if v >= 0 else -1 for v in chunk.visual_index.tolist()]
-                self.images[row] += chunk.images
-
-    def decode(self, max_new_tokens, stop_ids, *, active, sampling):
-        self.asked.append((max_new_tokens, tuple(stop_ids), tuple(active)))
-        out = []
-        for row, lines in enumerate(self.script):
-            ids = self.tokenizer.encode(lines[self.turn]) if active[row] else []
-            self.tokens[row] += ids
-            self.visual[row] += [-1] * len(ids)
-            out.append(Decoded(ids, True))
-        self.turn += 1
-        return out
-
-
-class ScriptedGenerator:
     tokens_per_image, batch_size = PER_IMAGE, 8
     processor = ImageProcessor("resize", SIDE)
 
-    def __init__(self, tokenizer, script):
+    def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.session = ScriptedSession(tokenizer, script)
+        self.tokens, self.visual, self.images, self.prefixes = [], [], [], []
 
-    def start(self, rows, prefix=()):
-        assert rows == len(self.session.script)
-        self.shared = len(prefix)
-        self.session.begin()
-        for row in range(rows):
-            self.session.tokens[row] += [int(token) for token in prefix]
-            self.session.visual[row] += [-1] * len(prefix)
-        return self.session
+    def answer(self, script, lines):
+        """Runs a script of the agent; returns its transcript."""
+        tokens, visual, images, lines, value = [], [], [], iter(lines), None
+        self.prefixes.append(0)
+        try:
+            while True:
+                wanted = script.send(value)
+                if isinstance(wanted, batching.Wait):
+                    value = wanted.call()
+                    continue
+                del tokens[len(tokens) - wanted.forget :], visual[len(visual) - wanted.forget :]
+                shift = len(images) * PER_IMAGE
+                tokens += wanted.chunk.tokens.tolist()
+                visual += [v + shift if v >= 0 else -1 for v in wanted.chunk.visual_index.tolist()]
+                images += wanted.chunk.images
+                self.prefixes[-1] = self.prefixes[-1] or wanted.prefix
+                value = Decoded(self.tokenizer.encode(next(lines)), True)
+                tokens += value.ids
+                visual += [-1] * len(value.ids)
+        except StopIteration as end:
+            self.tokens.append(tokens)
+            self.visual.append(visual)
+            self.images.append(images)
+            return end.value
 
 
 class Store(dict):
@@ -115,9 +100,12 @@ def image():
 
 
 def ask(tokenizer, script, queries, provider, **options):
-    generator = ScriptedGenerator(tokenizer, script)
-    agent = agent_lib.Agent(generator, CHATML, cards=CARDS, provider=provider, **options)
-    return generator.session, agent.run(queries)
+    options = {"cards": CARDS, **options}
+    model = ScriptedModel(tokenizer)
+    agent = agent_lib.Agent(model, CHATML, provider=provider, **options)
+    return model, [
+        model.answer(agent.script(query), lines) for query, lines in zip(queries, script, strict=True)
+    ]
 
 
 def trigger(name="ORGANS", args="organs"):
@@ -178,10 +166,8 @@ def trained_and_asked(tokenizer, store, example, pictures, script, query, tmp_pa
     encoded = encode_conversation(tokenizer, CHATML, rendered.turns, PER_IMAGE)
     where = encoded.image_of_token * PER_IMAGE + encoded.visual_offset
     visual = np.where(encoded.image_of_token >= 0, where, -1)
-    generator = ScriptedGenerator(tokenizer, [script])
     provider = agent_lib.AnnotationProvider(store)
-    (transcript,) = agent_lib.Agent(generator, CHATML, cards=cards, provider=provider).run([query])
-    session = generator.session
+    session, (transcript,) = ask(tokenizer, [script], [query], provider, cards=cards)
     tail = len(tokenizer.encode("\n")) + 1
     assert len(session.images[0]) == len(rendered.images)
     for fed, seen in zip(session.images[0], rendered.images, strict=True):
@@ -289,9 +275,8 @@ def test_four_sequences_are_one_request(tokenizer, image, tmp_path):
     grey = np.unique(transcript.overlay[0, 0]).tolist()
     assert grey == [80], "the overlay lies on T1c"
     alone = agent_lib.Query("Is there a tumor?", scans[1:2])
-    generator = ScriptedGenerator(tokenizer, [[called, "no"]])
     provider = agent_lib.AnnotationProvider(store)
-    (transcript,) = agent_lib.Agent(generator, CHATML, cards=cards, provider=provider).run([alone])
+    _, (transcript,) = ask(tokenizer, [[called, "no"]], [alone], provider, cards=cards)
     assert "t1, t2, flair is missing" in transcript.annotation.reason
 
 
@@ -323,15 +308,16 @@ def test_calls_that_are_not_made_are_noted(tokenizer, store, image):
     assert off.unexecuted_calls == (Call("PNEUMONIA"),) and off.trigger is None
 
 
-def test_cards_are_computed_once_for_all_rows(tokenizer, store, image):
-    generator = ScriptedGenerator(tokenizer, [["no"], ["no"]])
-    agent = agent_lib.Agent(generator, CHATML, cards=CARDS, provider=agent_lib.AnnotationProvider(store))
-    agent.run([query(image), query(image, question="Which plane?")])
+def test_cards_and_image_are_a_prefix(tokenizer, store, image):
+    provider = agent_lib.AnnotationProvider(store)
+    queries = [query(image), query(image, question="Which plane?")]
+    model, _ = ask(tokenizer, [["no"], ["no"]], queries, provider)
     cards = tokenizer.encode(render_cards(CARDS))
-    start = generator.session.tokens[0].index(cards[0], 1)
-    assert generator.session.tokens[0][start : start + len(cards)] == cards
-    assert generator.shared >= start + len(cards)
-    assert generator.session.visual[0][generator.shared] == 0, "the shared part ends where the image begins"
+    start = model.tokens[0].index(cards[0], 1)
+    assert model.tokens[0][start : start + len(cards)] == cards
+    (end,) = set(model.prefixes)
+    assert model.tokens[0][:end] == model.tokens[1][:end] and end > start + len(cards)
+    assert model.visual[0][end - 1] == PER_IMAGE - 1 and model.visual[0][end] == -1, "it ends with the image"
 
 
 def test_without_experts_the_prompt_is_that_of_training_without(tokenizer, image):
@@ -346,10 +332,9 @@ def test_without_experts_the_prompt_is_that_of_training_without(tokenizer, image
 def test_rows_go_their_own_ways(tokenizer, store, image):
     script = [[trigger(), "yes"], ["no", "unused"], [trigger("PNEUMONIA", "anything"), "no"]]
     queries = [query(image), query(image, question="Which plane?"), query(image, axis=None, index=None)]
-    session, transcripts = ask(tokenizer, script, queries, agent_lib.AnnotationProvider(store))
+    _, transcripts = ask(tokenizer, script, queries, agent_lib.AnnotationProvider(store))
     assert [t.answer for t in transcripts] == ["yes", "no", "no"]
     assert [t.trigger for t in transcripts] == [("ORGANS", "organs"), None, ("PNEUMONIA", "")]
-    assert session.asked[1][2] == (True, False, True)
     assert "pneumonia: yes (0.90)" in transcripts[2].expert_text
     assert transcripts[2].overlay is None
 
@@ -401,9 +386,7 @@ def test_an_image_marker_in_a_question_is_refused(tokenizer, image):
 
 def test_experts_without_cards_are_refused(tokenizer, store):
     with pytest.raises(UserError, match="no cards"):
-        agent_lib.Agent(
-            ScriptedGenerator(tokenizer, [[]]), CHATML, provider=agent_lib.AnnotationProvider(store)
-        )
+        agent_lib.Agent(ScriptedModel(tokenizer), CHATML, provider=agent_lib.AnnotationProvider(store))
 
 
 def test_a_real_model_holds_a_dialogue(model_config, params, tokenizer, store, image):
@@ -413,3 +396,52 @@ def test_a_real_model_holds_a_dialogue(model_config, params, tokenizer, store, i
     transcripts = agent.run(queries, max_new_tokens=5)
     assert [t.turns[0].role for t in transcripts] == ["user", "user"]
     assert agent.run(queries, max_new_tokens=5)[0].answer == transcripts[0].answer
+
+
+def test_a_follow_up_knows_the_results(tokenizer, store, image):
+    """A second question neither runs the expert again nor loses the overlay; the reference does both."""
+    asked = []
+
+    class Counting(agent_lib.AnnotationProvider):
+        def annotate(self, *args):
+            asked.append(args)
+            return super().annotate(*args)
+
+    model = ScriptedModel(tokenizer)
+    agent = agent_lib.Agent(model, CHATML, cards=CARDS, provider=Counting(store))
+    first = model.answer(agent.script(query(image)), [trigger(), "yes"])
+    plain = model.answer(agent.script(query(None, question="Are you sure?"), earlier=first), ["yes, I am"])
+    again = model.answer(agent.script(query(None, question="And now?"), earlier=plain), [trigger(), "still"])
+    assert len(asked) == 1 and again.annotations == first.annotations
+    assert np.array_equal(plain.overlay, first.overlay) and plain.answer == "yes, I am"
+    roles = [turn.role for turn in plain.turns]
+    assert roles == ["user", "assistant", "expert", "assistant", "user", "assistant"]
+    # The model reads the dialogue so far as one text; only the first question has cards and the image.
+    count = len(model.tokens[0])
+    assert model.tokens[1][:count] == model.tokens[0]
+    assert plain.turns[4].text == "Are you sure?" and plain.turns[4].images == ()
+    assert plain.first_turn == 4 and len(model.images[1]) == 2
+    other = np.full_like(image, 7)
+    fresh = model.answer(
+        agent.script(query(other, input_key="cd" * 32), earlier=first), [trigger(), "cannot tell"]
+    )
+    assert len(asked) == 2 and fresh.annotation.status == "failed", "another image has no result yet"
+
+
+def test_events_tell_the_text_and_the_calls(tokenizer, model_config, params, store, image):
+    generator = Generator(model_config, params, tokenizer, max_length=1024, batch_size=2)
+    agent = agent_lib.Agent(generator, CHATML, cards=CARDS, provider=agent_lib.AnnotationProvider(store))
+    events = []
+    script = agent.script(query(image), max_new_tokens=9, on_event=events.append)
+    (transcript,) = batching.Batcher(generator).run([script])
+    told = "".join(event.text for event in events if event.kind == "text")
+    assert told.strip() == transcript.answer and len(events) > 1
+
+    model, events = ScriptedModel(tokenizer), []
+    agent = agent_lib.Agent(model, CHATML, cards=CARDS, provider=agent_lib.AnnotationProvider(store))
+    model.answer(agent.script(query(image), on_event=events.append), [trigger(), "yes"])
+    assert [(event.kind, event.text) for event in events] == [
+        ("call", "<ORGANS(organs)>"),
+        ("result", "<ORGANS(organs)>"),
+    ]
+    assert events[1].annotation.status == "ok"

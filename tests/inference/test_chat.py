@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import sys
 
@@ -26,8 +27,10 @@ from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.data.volumes import VolumeSource, load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
+from vilam3_jax.inference import assistant as assistant_lib
 from vilam3_jax.inference import chat, generate, images
 from vilam3_jax.inference.agent import Message, Transcript
+from vilam3_jax.inference.constraints import AnswerForm
 from vilam3_jax.models import model_config as model_config_lib
 
 PROMPT = "Is the liver visible in this slice?"
@@ -47,7 +50,7 @@ def test_load_answers_about_a_scan_and_a_film(assistant, world):
     assert reply.description == "axial slice 8 of 0 to 15, window 50, 400"
     volume = load_volume(world.volume)
     assert np.array_equal(reply.image, DEFAULT_PREPROCESSING.slice_image(volume, 2, 8, (50.0, 400.0), 32))
-    assert chat.NOT_CLINICAL in reply.notes
+    assert assistant_lib.NOT_CLINICAL in reply.notes
     assert reply.transcript.prompt == f"<image>\n{PROMPT}"
     film = assistant.ask(str(world.film), PROMPT, max_new_tokens=4)
     assert film.description == "image of 30 x 40 pixels"
@@ -212,19 +215,19 @@ def test_experts_need_a_source(export, world):
 
 
 def test_host_command(monkeypatch, tmp_path):
-    assert chat.host_command("off", required=True) == []
-    assert chat.host_command("/venv/bin/vilam3-experts host --verbose", required=True)[1:] == [
+    assert assistant_lib.host_command("off", required=True) == []
+    assert assistant_lib.host_command("/venv/bin/vilam3-experts host --verbose", required=True)[1:] == [
         "host",
         "--verbose",
     ]
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert chat.host_command("auto", required=False) == []
+    assert assistant_lib.host_command("auto", required=False) == []
     with pytest.raises(UserError, match="vilam3-experts is not installed"):
-        chat.host_command("auto", required=True)
+        assistant_lib.host_command("auto", required=True)
     program = tmp_path / "vilam3-experts"
     program.write_text("")
-    assert chat.host_command("auto", required=True) == [str(program), "host"]
+    assert assistant_lib.host_command("auto", required=True) == [str(program), "host"]
 
 
 class FakeHost:
@@ -275,14 +278,14 @@ def test_the_dialogue_names_expert_stand_in_failure_and_no_clinical_use(assistan
         Message("assistant", "A"),
     )
     transcript = Transcript(turns, "A", (failed,), "<PNEUMONIA()>", True)
-    notes = chat._notes(transcript, assistant._cards)
-    reply = chat.Reply("A", transcript, np.zeros((2, 2, 3), np.uint8), None, "film", notes)
+    notes = assistant_lib._notes(transcript, assistant._cards)
+    reply = assistant_lib.Reply("A", transcript, np.zeros((2, 2, 3), np.uint8), None, "film", notes)
     text = chat.render_dialogue(reply)
     assert "Expert PNEUMONIA: E" in text and "Model: A" in text and "[image] film" in text
     assert "PNEUMONIA is a stand-in" in text
     assert "The expert PNEUMONIA failed: out of memory." in text
     assert "cut off" in text
-    assert text.endswith(chat.NOT_CLINICAL)
+    assert text.endswith(assistant_lib.NOT_CLINICAL)
 
 
 def test_the_command_prints_the_dialogue_and_saves_what_was_seen(export, world, tmp_path, capsys):
@@ -373,3 +376,104 @@ def test_a_modality_is_a_code_and_no_contradiction(world, tmp_path):
     with pytest.raises(UserError, match="modality 'banana'"):
         images.open_image(world.film, 32, modality="banana")
     assert images.open_image(world.film, 32, modality="dx").modality == "DX"
+
+
+def test_images_of_every_kind_are_the_same_image(assistant, world):
+    film = load_pixels(world.film)
+    path = assistant.ask(world.film, PROMPT, experts=False, max_new_tokens=3)
+    kinds = (film, Image.fromarray(film), world.film.read_bytes())
+    for reply in assistant.ask_batch([(kind, PROMPT) for kind in kinds], experts=False, max_new_tokens=3):
+        assert np.array_equal(reply.image, path.image) and reply.answer == path.answer
+    with pytest.raises(UserError, match="image bytes"):
+        assistant.ask(b"no image at all", PROMPT)
+    with pytest.raises(UserError, match="give its path"):
+        assistant.ask(world.volume.read_bytes(), PROMPT)
+    text = assistant.ask(None, "What is a CT?", experts=False, max_new_tokens=3)
+    assert text.image is None and text.transcript.prompt == "What is a CT?"
+
+
+def test_scores_are_those_of_greedy_decoding(assistant, world):
+    asked = dict(experts=False, max_new_tokens=1)
+    best = assistant.ask(world.film, PROMPT, **asked)
+    scores = assistant.score(world.film, PROMPT, ["yes", "no", "the left kidney"])
+    assert list(scores) == ["yes", "no", "the left kidney"] and all(value < 0 for value in scores.values())
+    chances = assistant.probabilities(world.film, PROMPT, ["yes", "no"])
+    assert sum(chances.values()) == pytest.approx(1)
+    expected = 1 / (1 + np.exp(scores["no"] - scores["yes"]))
+    assert chances["yes"] == pytest.approx(expected, abs=1e-5) and best.answer is not None
+    for wrong in ([], ["yes", "yes"], [" "]):
+        with pytest.raises(UserError, match="one or more different texts"):
+            assistant.score(world.film, PROMPT, wrong)
+
+
+def test_embeddings_tell_images_apart(assistant, world):
+    film = assistant.embed(world.film)
+    assert film.ndim == 1 and film.dtype == np.float32 and np.isfinite(film).all()
+    np.testing.assert_array_equal(film, assistant.embed(load_pixels(world.film)))
+    assert np.abs(film - assistant.embed(world.volume, modality="CT")).max() > 1e-3
+
+
+def test_a_conversation_knows_what_was_said(assistant, world):
+    chat_ = assistant.chat(world.film, experts=False, max_new_tokens=3)
+    first, second = chat_.ask(PROMPT), chat_.ask("Are you sure?")
+    assert len(second.transcript.turns) == 4 and second.transcript.turns[1].text == first.answer
+    assert np.array_equal(second.image, first.image) and len(chat_.replies) == 2
+    chat_.show(world.volume, modality="CT")
+    third = chat_.ask("And here?")
+    assert third.description.startswith("axial slice") and "<image>" in third.transcript.turns[4].text
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_an_answer_has_the_wanted_form(assistant, world, experts):
+    def ask(form, count=30):
+        asked = dict(experts=experts, max_new_tokens=count, form=form)
+        return assistant.ask(world.film, PROMPT, **asked).answer
+
+    assert ask(AnswerForm.one_of(["perhaps", "certainly not"])) in ("perhaps", "certainly not")
+    assert re.fullmatch(r"[0-9]{2,4} ml", ask(AnswerForm.matching(r"[0-9]{2,4} ml")))
+    schema = {
+        "type": "object",
+        "properties": {"finding": {"enum": ["mass", "nodule"]}, "sure": {"type": "boolean"}},
+        "required": ["finding", "sure"],
+        "additionalProperties": False,
+    }
+    found = json.loads(ask(AnswerForm.json_of(schema), 120))
+    assert found["finding"] in ("mass", "nodule") and isinstance(found["sure"], bool)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (AnswerForm.one_of, [], "one or more texts"),
+        (AnswerForm.one_of, ["yes", ""], "one or more texts"),
+        (AnswerForm.matching, "(", "regular expression: "),
+        (AnswerForm.json_of, {"type": "no such type"}, "JSON schema: "),
+        (AnswerForm.json_of, {"enum": {1, 2}}, "is no JSON"),
+    ],
+)
+def test_impossible_forms_are_refused(make, given, message):
+    with pytest.raises(UserError, match=message) as error:
+        make(given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_session_is_a_dialogue_with_commands(export, world, tmp_path, capsys, monkeypatch):
+    film, kept = f"/image {world.film}", f"/save {tmp_path / 'kept'}"
+    before = [PROMPT, "/slice 3", "Are you sure?", "/image nowhere.png", "What now?"]
+    lines = iter([*before, film, "/expert on", "And this?", "/nonsense", kept, "/quit", "never read"])
+
+    def read(prompt):
+        return next(lines)
+
+    monkeypatch.setattr("builtins.input", read)
+    arguments = [f"--checkpoint={export}", f"--image={world.volume}", "--modality=CT", "--max_new_tokens=3"]
+    arguments += [f"--annotations={world.annotations}", "--expert_host=off", "--max_length=2000"]
+    assert guarded("chat", chat.main, [*arguments, "--experts=off"]) == 0
+    shown = capsys.readouterr()
+    assert next(lines) == "never read" and shown.err == ""
+    assert "nowhere.png: no such file" in shown.out and "/nonsense: not understood" in shown.out
+    assert shown.out.count(assistant_lib.NOT_CLINICAL) == 1 and "available expert models" not in shown.out
+    transcript = (tmp_path / "kept" / "transcript.txt").read_text()
+    assert transcript.count("user: ") == 3 and "nowhere" not in transcript
+    shown = load_pixels(tmp_path / "kept" / "image.png")
+    assert np.array_equal(shown, resize(load_pixels(world.film), 32))

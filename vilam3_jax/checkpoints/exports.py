@@ -35,10 +35,12 @@ from vilam3_jax.checkpoints.run_checkpoints import (
 )
 from vilam3_jax.errors import UserError, listed
 from vilam3_jax.models import build, param_paths
-from vilam3_jax.models.model_config import ModelConfig
+from vilam3_jax.models.model_config import DTYPES, ModelConfig
 from vilam3_jax.ops.quantized import QuantizedKernel
 from vilam3_jax.runtime import locks, paths, processes
 from vilam3_jax.runtime.settings import from_mapping
+from vilam3_jax.sharding import mesh as mesh_lib
+from vilam3_jax.sharding import weights
 
 EXPORT_FILES = ("model.json", "params")
 # Orbax keeps two copies of what it reads; 1.2 GB keep a host below 1.5 leaves and a gigabyte.
@@ -481,14 +483,44 @@ def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> ja
 
 
 def load_export(
-    export: paths.PathLike, sharding: jax.sharding.Sharding | None = None
+    export: paths.PathLike,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
 ) -> tuple[dict[str, Any], StoredModel, epath.Path]:
-    """Returns (nested parameters on the first device or `sharding`, model config, tokenizer folder)."""
+    """Reads a whole export.
+
+    Args:
+      export: export folder.
+      sharding: of every parameter; by default the first device.
+      mesh: splits the parameters by the rules of their families instead; matrices are `Weight`s then.
+      dtype: type of parameters and activations, by default that of the export.
+
+    Returns:
+      Nested parameters, the model config, and the tokenizer's folder.
+
+    Raises:
+      UserError: no export, an unknown type, or a mesh over which the model cannot be split.
+    """
     config = load_model_config(export)
-    place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r}: must be {' or '.join(DTYPES)}")
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     _, nested = build.abstract_model(config, config.kind)
+    shapes = param_paths.flatten(nested)
+    if mesh is None:
+        place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings: dict[str, Any] = dict.fromkeys(shapes, place)
+    else:
+        rules = build.parameter_rules(config, config.kind)
+        shardings = dict(mesh_lib.parameter_shardings(shapes, (), rules, mesh))
     wanted = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        for path, leaf in param_paths.flatten(nested).items()
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in shapes.items()
     }
-    return param_paths.unflatten(load_params(export, wanted)), config, paths.as_path(export) / "tokenizer"
+    params = load_params(export, wanted)
+    if mesh is not None:
+        params = weights.annotate(params, shardings)
+    return param_paths.unflatten(params), config, paths.as_path(export) / "tokenizer"

@@ -73,6 +73,10 @@ class Tokenizer:
         text = json.dumps([decisive, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def to_json(self) -> str:
+        """The text of the `tokenizer.json`."""
+        return self._json
+
     @functools.cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
         # A second object, because switching the mode of one is not thread-safe.

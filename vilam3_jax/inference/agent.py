@@ -1,22 +1,23 @@
 """The agent loop: question, expert call of the model, expert result, answer.
 
-Dialogues are batched in one `Session`, which keeps the cache over the expert's turn. Turns are written by the
+Dialogues are batched (`batching`), and each keeps its cache over the expert's turn. Turns are written by the
 same functions as in training (`data/experts/exchange.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
-from typing import Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
+import jax
 import numpy as np
 
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
-from vilam3_jax.data.experts.cards import Card
+from vilam3_jax.data.experts.cards import Card, render_cards
 from vilam3_jax.data.experts.exchange import DEFAULT_STYLE, Result, Style, exchange, with_cards
 from vilam3_jax.data.experts.falsify import falsified
 from vilam3_jax.data.experts.grammar import Call, CallingTurn, parse_turn
@@ -30,12 +31,16 @@ from vilam3_jax.data.templates import Template, encode_prompt, model_template
 from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from vilam3_jax.data.volume_slices import with_markers
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.generate import GREEDY, Chunk, Decoded, Generator, Sampling, Session
+from vilam3_jax.inference import batching
+from vilam3_jax.inference.constraints import AnswerForm, Constraint
+from vilam3_jax.inference.generate import MIN_PREFIX, Chunk, Decoded, Generator
 from vilam3_jax.inference.images import Scan
+from vilam3_jax.inference.sampling import GREEDY, Sampling
 from vilam3_jax.runtime import paths
+from vilam3_jax.sharding import mesh as mesh_lib
+from vilam3_jax.sharding.mesh import MeshConfig
 
 DEFAULT_MAX_NEW_TOKENS = 128
-_MIN_SHARED = 16  # tokens of a prefix worth computing once for all rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,10 @@ class Transcript:
       truncated: whether the answer ended at the token limit.
       cut: text after expert calls, which was removed from the dialogue.
       unexecuted_calls: calls in removed text, in the answer, or without experts.
+      first_turn: index of the user's last question; the turns before it are those of an earlier transcript.
+      scans: what the questions are about.
+      results: calls and results of the whole dialogue, which a follow-up question knows.
+      cards: text of the experts' cards, with which the first turn begins; "" without experts.
     """
 
     turns: tuple[Message, ...]
@@ -103,6 +112,15 @@ class Transcript:
     truncated: bool = False
     cut: tuple[str, ...] = ()
     unexecuted_calls: tuple[Call, ...] = ()
+    first_turn: int = 0
+    scans: tuple[Scan, ...] = ()
+    results: tuple[tuple[Call, Result], ...] = ()
+    cards: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The user's last turn, without cards."""
+        return self.turns[self.first_turn].text.removeprefix(self.cards)
 
     @property
     def annotation(self) -> Annotation | None:
@@ -221,10 +239,11 @@ class Agent:
         self._cards = {card.name: card for card in cards} if provider is not None else {}
         self._max_rounds = max_rounds if provider is not None else 0
         self._stops = template.stop_ids(generator.tokenizer)
+        self._batcher = batching.Batcher(generator)
 
     @property
     def batch_size(self) -> int:
-        """Maximum number of queries of one `run`."""
+        """Number of dialogues that are decoded together."""
         return self._generator.batch_size
 
     @property
@@ -242,81 +261,151 @@ class Agent:
         """Runs one dialogue per query, batched, and returns their transcripts.
 
         Args:
-          queries: 1 to `batch_size`.
+          queries: any number.
           max_new_tokens: limit of each turn of the model.
           sampling: greedy by default.
 
         Raises:
-          UserError: too many queries, or a dialogue longer than the model's cache.
+          UserError: a dialogue longer than the model's cache.
+          ModelError: a model whose logits are not finite.
         """
-        rows = [_Dialogue(query) for query in queries]
-        chunks = [self._question_chunk(row) for row in rows]
-        shared = _shared_prefix(chunks)
-        prefix = chunks[0].tokens[:shared].tolist()
-        for row, chunk in zip(rows, chunks, strict=True):
-            rest = dict(tokens=chunk.tokens[shared:], visual_index=chunk.visual_index[shared:])
-            row.cached.append(dataclasses.replace(chunk, **rest))
-        session = self._start(prefix, rows)
-        active, tokenizer = [True] * len(rows), self._generator.tokenizer
-        for round_number in range(self._max_rounds + 1):
-            decoded = session.decode(max_new_tokens, self._stops, active=active, sampling=sampling)
-            for row, answer, is_active in zip(rows, decoded, active, strict=True):
-                if is_active:
-                    row.add_answer(tokenizer, answer)
-            if round_number == self._max_rounds:
-                break
-            turns = [
-                row.read_calls(tokenizer) if is_active else None
-                for row, is_active in zip(rows, active, strict=True)
-            ]
-            active = [turn is not None for turn in turns]
-            if not any(active):
-                break
-            if any(turn.cut for turn in turns if turn is not None):
-                session = self._start(prefix, rows)  # without the removed text
-            pairs = zip(rows, turns, strict=True)
-            session.append([None if turn is None else self._expert_chunk(row, turn) for row, turn in pairs])
-        return [row.transcript() for row in rows]
+        scripts = (self.script(query, max_new_tokens=max_new_tokens, sampling=sampling) for query in queries)
+        return list(self._batcher.run(scripts))
 
-    def _start(self, prefix: Sequence[int], rows: Sequence[_Dialogue]) -> Session:
-        session = self._generator.start(len(rows), prefix)
-        for chunks in itertools.zip_longest(*(row.cached for row in rows)):
-            session.append(chunks)
-        return session
+    def script(
+        self,
+        query: Query,
+        *,
+        earlier: Transcript | None = None,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+        form: AnswerForm | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> batching.Script[Transcript]:
+        """One dialogue for a `Batcher`; see `run`.
+
+        Args:
+          query: the question; without scans if it is about those of `earlier`.
+          earlier: the dialogue that it continues, or None.
+          max_new_tokens: limit of each turn of the model.
+          sampling: of every turn.
+          form: of the answer, or None for any. The model may call experts before; if it answers without a
+            call, that answer is dropped and generated again in the form.
+          on_event: called with every piece of text as it is generated, and before and after an expert runs.
+        """
+        row = _Dialogue(query, earlier)
+        tell = on_event or (lambda event: None)
+        tokenizer = self._generator.tokenizer
+        chunk = self._question_chunk(row)
+        turn = batching.Turn(
+            chunk, max_new_tokens, tuple(self._stops), sampling=sampling, prefix=_prefix_length(chunk)
+        )
+        for round_number in range(self._max_rounds + 1):
+            last = round_number == self._max_rounds
+            # An answer that may be replaced is not told.
+            decoded = yield from self._answer(
+                row, turn, form if last else None, on_event if form is None or last else None
+            )
+            calls = None if last else row.read_calls()
+            if calls is None:
+                break
+            results: list[tuple[Call, Result]] = []
+            for call in map(self._canonical, calls.calls):
+                tell(Event("call", str(call)))
+                result = row.known(call)
+                if result is None:
+                    result = yield batching.Wait(functools.partial(self._result, row.query, call))
+                tell(Event("result", str(call), result.annotation))
+                results.append((call, result))
+            # The model must not read what it wrote after its calls.
+            kept = Chunk.text(tokenizer.encode(calls.kept) if calls.cut else [])
+            forget = len(decoded.ids) if calls.cut else 0
+            chunk = kept.join(self._expert_chunk(row, calls.kept, results))
+            turn = dataclasses.replace(turn, chunk=chunk, prefix=0, forget=forget)
+        if form is not None and not last:
+            # An answer without a call: the same again, in the form.
+            row.turns.pop()
+            again = Chunk.text(turn.chunk.tokens[-1:])
+            turn = dataclasses.replace(turn, chunk=again, prefix=0, forget=len(decoded.ids) + 1)
+            yield from self._answer(row, turn, form, on_event)
+        return row.transcript()
+
+    def _answer(
+        self,
+        row: _Dialogue,
+        turn: batching.Turn,
+        form: AnswerForm | None,
+        on_event: Callable[[Event], None] | None,
+    ) -> batching.Script[Decoded]:
+        """Generates a turn of the model and adds it to the dialogue."""
+        tokenizer = self._generator.tokenizer
+        if form is not None:
+            turn = dataclasses.replace(turn, constraint=Constraint(form, tokenizer, turn.stop_ids))
+        text = None
+        if on_event is not None:
+            text = StreamedText(tokenizer, lambda new: on_event(Event("text", new)))
+            turn = dataclasses.replace(turn, on_tokens=text.add)
+        decoded = yield turn
+        if text is not None:
+            text.close()
+        if decoded.error:
+            raise ModelError(decoded.error)
+        row.add_answer(tokenizer, decoded)
+        return decoded
+
+    def replay(self, exchanges: Sequence[tuple[Query, str]], *, system: str = "") -> Transcript | None:
+        """The transcript of a dialogue that somebody else kept: (question, answer) each.
+
+        `system` replaces the system text of the template. None without exchanges and system text.
+        """
+        earlier = Transcript((Message("system", system),), "") if system else None
+        for query, answer in exchanges:
+            row = _Dialogue(query, earlier)
+            self._question_chunk(row)
+            row.turns.append(Message("assistant", answer))
+            earlier = row.transcript()
+        return earlier
+
+    def question(self, query: Query) -> Chunk:
+        """What the model reads before its first answer to a question."""
+        return self._question_chunk(_Dialogue(query, None))
 
     def _question_chunk(self, row: _Dialogue) -> Chunk:
-        """Adds the user's turn."""
-        scans = row.query.scans
+        """Adds the user's turn; the chunk has the earlier turns, too."""
+        scans = row.new_scans
         shown = self._style.wording.inputs([scan.role for scan in scans], scans[0].modality) if scans else ""
         shown = with_markers(shown, [scan.marker for scan in scans])
         turn = Turn("user", shown + row.query.question)
-        (turn,) = with_cards([turn], list(self._cards.values())) if self._cards else [turn]
-        images = tuple(image for scan in scans for image in scan.images)
-        row.turns.append(Message("user", turn.text, images))
-        return self._chunk(turn, images)
+        if self._cards and not row.cards:
+            cards = list(self._cards.values())
+            (turn,), row.cards = with_cards([turn], cards), render_cards(cards)
+        row.turns.append(Message("user", turn.text, tuple(image for scan in scans for image in scan.images)))
+        turns = [Turn(message.role, message.text) for message in row.turns]
+        return self._chunk(turns, tuple(image for message in row.turns for image in message.images))
 
-    def _expert_chunk(self, row: _Dialogue, turn: CallingTurn) -> Chunk:
-        """Executes the calls of a turn and adds the expert's turn."""
-        results = [self._result(row.query, call) for call in turn.calls]
-        reply = exchange(results, row.query.question, self._style)
-        bases = [self._base(row.query, result) for result in results if result.shows_overlay]
+    def _expert_chunk(self, row: _Dialogue, kept: str, results: Sequence[tuple[Call, Result]]) -> Chunk:
+        """Adds the expert's turn after the calls of `kept`."""
+        reply = exchange([result for _, result in results], row.query.question, self._style)
+        bases = [self._base(row.query, result) for _, result in results if result.shows_overlay]
         images = tuple(overlay(base.image) for overlay, base in zip(reply.overlays, bases, strict=True))
         # The question at the end has no marker; `_chunk` checks the count.
         text = with_markers(reply.text, [base.marker for base in bases])
-        row.annotations += [result.annotation for result in results]
-        row.trigger_text = turn.kept
+        row.results += results
+        row.trigger_text = kept
         row.turns.append(Message("expert", text, images))
         # The model's turn is cached without its end, so the chunk starts with that.
-        chunk = self._chunk(Turn("expert", text), images, after_answer=True)
-        row.cached.append(chunk)
-        return chunk
+        return self._chunk([Turn("expert", text)], images, after_answer=True)
+
+    def _canonical(self, call: Call) -> Call:
+        """A call in the wording under which results are stored."""
+        card = self._cards.get(call.expert)
+        if card is not None and not card.args:
+            return Call(call.expert)  # the expert takes no arguments
+        return Call(call.expert, canonical_args(call.expert, call.args))
 
     def _result(self, query: Query, call: Call) -> Result:
         """The result of a call; one that cannot be shown on this image counts as failed."""
         card = self._cards.get(call.expert)
-        if card is not None and not card.args:
-            call = Call(call.expert)  # the expert takes no arguments
-        call = Call(call.expert, canonical_args(call.expert, call.args))
         key, why = query.input_key, ""
         if card is None:
             why = f"there is no expert {call.expert}"
@@ -345,13 +434,15 @@ class Agent:
         scan = query.for_expert(self._cards[result.annotation.expert]).scans[0]
         return scan.shown_with(result.annotation)
 
-    def _chunk(self, turn: Turn, images: tuple[np.ndarray, ...], *, after_answer: bool = False) -> Chunk:
-        if turn.text.count(IMAGE_MARKER) != len(images):
+    def _chunk(
+        self, turns: Sequence[Turn], images: tuple[np.ndarray, ...], *, after_answer: bool = False
+    ) -> Chunk:
+        if sum(turn.text.count(IMAGE_MARKER) for turn in turns) != len(images):
             raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, it is inserted automatically")
         generator, processor = self._generator, self.processor
         count = generator.tokens_per_image
         grids = [processor.grid(image) for image in images]
-        turns = processor.expand([turn], grids)
+        turns = processor.expand(turns, grids)
         encoded = encode_prompt(generator.tokenizer, self._template, turns, count, after_answer=after_answer)
         encoded = processor.merge(encoded, grids, count)
         index = encoded.image_of_token * count + encoded.visual_offset
@@ -360,41 +451,92 @@ class Agent:
         return Chunk(encoded.tokens, visual, inputs, processor.tile_map(grids))
 
 
-def _shared_prefix(chunks: Sequence[Chunk]) -> int:
-    """Length of the text that all chunks start with; leaves a token to each, and is 0 if it is short."""
-    length = min(len(chunk.tokens) for chunk in chunks) - 1
-    alike = np.stack([chunk.tokens[:length] for chunk in chunks]) == chunks[0].tokens[:length]
-    text = np.stack([chunk.visual_index[:length] for chunk in chunks]) < 0
-    length = int(np.append(np.all(alike & text, axis=0), False).argmin())
-    return length if length >= _MIN_SHARED else 0
+def _prefix_length(chunk: Chunk) -> int:
+    """Tokens up to the last image, which other questions about the same images begin with, too."""
+    images = np.flatnonzero(chunk.visual_index >= 0)
+    length = int(images[-1]) + 1 if len(images) else 0
+    return length if MIN_PREFIX <= length < len(chunk.tokens) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happens while a question is answered.
+
+    Attributes:
+      kind: 'text' (the model wrote), 'call' (an expert starts) or 'result' (it is done).
+      text: the new text, or the call.
+      annotation: the result.
+    """
+
+    kind: Literal["text", "call", "result"]
+    text: str
+    annotation: Annotation | None = None
+
+
+class StreamedText:
+    """Turns tokens into pieces of text that never end within a character."""
+
+    def __init__(self, tokenizer: Tokenizer, tell: Callable[[str], None]):
+        self._tokenizer, self._tell = tokenizer, tell
+        self._ids: list[int] = []
+        self._told = ""
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Tells what the new tokens add."""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._flush(text)
+
+    def close(self) -> None:
+        """Tells the rest."""
+        self._flush(self._tokenizer.decode(self._ids))
+
+    def _flush(self, text: str) -> None:
+        if len(text) > len(self._told):
+            new, self._told = text[len(self._told) :], text
+            self._tell(new)
+
+
+class ModelError(UserError):
+    """The model produced numbers that are not finite."""
+
+    exit_code = 1
 
 
 class _Dialogue:
-    """A dialogue in progress; `cached` has the chunks after the prefix, those of the model included."""
+    """A dialogue in progress."""
 
-    def __init__(self, query: Query):
+    def __init__(self, query: Query, earlier: Transcript | None):
+        self.new_scans = query.scans
+        if not query.scans and earlier is not None:
+            query = dataclasses.replace(query, scans=earlier.scans)
         self.query = query
-        self.turns: list[Message] = []
-        self.cached: list[Chunk] = []
-        self.annotations: list[Annotation] = []
+        self.turns = list(earlier.turns) if earlier is not None else []
+        self.first_turn = len(self.turns)
+        self.cards = earlier.cards if earlier is not None else ""
+        self.earlier = earlier.results if earlier is not None and not self.new_scans else ()
+        self.results: list[tuple[Call, Result]] = []
         self.trigger_text: str | None = None
         self.truncated = False
         self.cut: list[str] = []
         self.unexecuted_calls: list[Call] = []
 
+    def known(self, call: Call) -> Result | None:
+        """The result of the same call earlier in the dialogue, about the same scans."""
+        return next((result for made, result in (*self.earlier, *self.results) if made == call), None)
+
     def add_answer(self, tokenizer: Tokenizer, decoded: Decoded) -> None:
         self.turns.append(Message("assistant", tokenizer.decode(decoded.ids).strip()))
-        self.cached.append(Chunk.text(decoded.ids))
         self.truncated = not decoded.stopped
 
-    def read_calls(self, tokenizer: Tokenizer) -> CallingTurn | None:
+    def read_calls(self) -> CallingTurn | None:
         """The last turn if it calls experts; removes the text after the calls."""
         turn = parse_turn(self.turns[-1].text)
         if not turn.calls:
             return None
         if turn.cut:
             self.turns[-1] = Message("assistant", turn.kept)
-            self.cached[-1] = Chunk.text(tokenizer.encode(turn.kept))
             self.cut.append(turn.cut)
             self.unexecuted_calls += turn.dropped
         return turn
@@ -403,16 +545,26 @@ class _Dialogue:
         return Transcript(
             tuple(self.turns),
             self.turns[-1].text,
-            tuple(self.annotations),
+            tuple(result.annotation for _, result in self.results),
             self.trigger_text,
             self.truncated,
             tuple(self.cut),
             (*self.unexecuted_calls, *parse_turn(self.turns[-1].text).calls),
+            first_turn=self.first_turn,
+            scans=self.query.scans,
+            results=(*self.earlier, *self.results),
+            cards=self.cards,
         )
 
 
 def load_generator(
-    checkpoint: paths.PathLike, *, max_length: int = 2048, batch_size: int = 16, text: str = ""
+    checkpoint: paths.PathLike,
+    *,
+    max_length: int = 2048,
+    batch_size: int = 16,
+    text: str = "",
+    tensor: int = 1,
+    dtype: str | None = None,
 ) -> tuple[Generator, Template]:
     """Opens an export of a generative model.
 
@@ -421,19 +573,27 @@ def load_generator(
       max_length: maximum positions of a dialogue.
       batch_size: maximum dialogues of a batch.
       text: changes of the export's text rules, see `TextRules.changed`.
+      tensor: devices that share the heads and hidden units; -1 is all. With several processes, all call this.
+      dtype: type of weights and activations, such as "bfloat16"; by default that of the export.
 
     Raises:
-      UserError: no export of a generative model with a tokenizer, or an unknown text rule.
+      UserError: no export of a generative model with a tokenizer, an unknown text rule or type, or a model
+        that cannot be split over so many devices.
     """
-    checkpoint = exports.locate(checkpoint)
-    config = exports.load_model_config(checkpoint)
+    folder = exports.locate(checkpoint)
+    config = exports.load_model_config(folder)
     if config.get("kind") != "generative":
         raise UserError(
-            f"{checkpoint}: holds a {config.get('kind')} model, which generates no text; "
+            f"{folder}: holds a {config.get('kind')} model, which generates no text; "
             "give the export of a later stage"
         )
     template = model_template(config, text)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer")
-    params, config, _ = exports.load_export(checkpoint)
-    generator = Generator(config, params, tokenizer, max_length=max_length, batch_size=batch_size)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    mesh = None
+    if tensor != 1:
+        count = len(jax.devices()) if tensor == -1 else tensor
+        axes = MeshConfig(data=1, fsdp=1, tensor=count)
+        mesh = mesh_lib.build_mesh(axes, jax.devices()[:count])
+    params, config, _ = exports.load_export(folder, mesh=mesh, dtype=dtype)
+    generator = Generator(config, params, tokenizer, max_length=max_length, batch_size=batch_size, mesh=mesh)
     return generator, template

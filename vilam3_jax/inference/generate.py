@@ -2,34 +2,41 @@
 
 A `Session` holds the cache of a batch of dialogues. `append` adds the next chunk of each row (a prompt, an
 expert's turn, nothing), `decode` generates. Both stay in the cache, so an agent loop never computes a prompt
-twice. Rows may differ in length, and a call may skip some of them. All shapes are rounded up to a few sizes,
-so that few programs are compiled.
+twice. Rows may differ in length, and a call may skip some of them. A row can be copied from one session to
+another (`extract`, `insert`), which is how `batching` refills the rows of finished dialogues. All shapes are
+rounded up to a few sizes, so that few programs are compiled.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.packing import NO_GRID
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
+from vilam3_jax.inference.sampling import GREEDY, RowSampling, Sampling, choose
 from vilam3_jax.models import build
 from vilam3_jax.models.model_config import resolve
+from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.weights import as_weight
 
 _MIN_CHUNK = 16
 _MIN_CACHE = 256
 _MIN_NEW = 32
 _STOP_SLOTS = 8
+_PREFIXES = 8
+MIN_PREFIX = 16  # tokens worth keeping for other dialogues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,31 +56,44 @@ class Chunk:
     tile_map: np.ndarray | None = None
 
     @classmethod
-    def text(cls, tokens: Sequence[int]) -> Chunk:
+    def text(cls, tokens: Sequence[int] | np.ndarray) -> Chunk:
         """A chunk of text."""
         return cls(np.asarray(tokens, np.int32), np.full(len(tokens), -1, np.int32))
 
+    @property
+    def key(self) -> bytes:
+        """Hash of everything that the model reads: tokens, places of images, their pixels and tiles."""
+        digest = hashlib.sha256()
+        parts = [self.tokens, self.visual_index, *self.images]
+        for part in parts if self.tile_map is None else [*parts, self.tile_map]:
+            array = np.ascontiguousarray(part)
+            digest.update(f"{array.dtype.str} {array.shape};".encode() + array.tobytes())
+        return digest.digest()
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is sampled.
+    def join(self, other: Chunk) -> Chunk:
+        """This chunk followed by another one; only one of them may have images."""
+        if self.images and other.images:
+            raise ValueError("both chunks have images")
+        return dataclasses.replace(
+            self if self.images else other,
+            tokens=np.concatenate([self.tokens, other.tokens]).astype(np.int32),
+            visual_index=np.concatenate([self.visual_index, other.visual_index]).astype(np.int32),
+        )
 
-    Attributes:
-      temperature: divides the logits; 0 is greedy.
-      top_p: sample from the most probable tokens that together reach this probability.
-      seed: the same seed and rows give the same texts.
-    """
+    def split(self, place: int) -> tuple[Chunk, Chunk]:
+        """Cuts before token `place`; all images must lie on one side.
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
-
-
-GREEDY = Sampling()
+        Raises:
+          ValueError: there are images on both sides.
+        """
+        parts = Chunk.text(self.tokens[:place]), Chunk.text(self.tokens[place:])
+        sides = self.visual_index[:place], self.visual_index[place:]
+        if all((side >= 0).any() for side in sides):
+            raise ValueError(f"images before and after token {place}")
+        return tuple(  # type: ignore[return-value]
+            dataclasses.replace(self, tokens=part.tokens, visual_index=side) if (side >= 0).any() else part
+            for part, side in zip(parts, sides, strict=True)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +103,14 @@ class Decoded:
     Attributes:
       ids: tokens without the stop token.
       stopped: whether a stop token ended it, rather than the token limit or the end of the cache.
+      log_probs: of `ids`, under the model's own distribution.
+      error: why the row ended early, such as logits that are not finite; "" without error.
     """
 
     ids: list[int]
     stopped: bool
+    log_probs: tuple[float, ...] = dataclasses.field(default=(), compare=False)
+    error: str = ""
 
 
 def row_parts(rows: NamedSharding) -> int:
@@ -99,10 +123,12 @@ class Generator:
     """A generative model that is ready to run.
 
     Attributes:
+      model: its config.
       tokenizer: its tokenizer.
       processor: makes `Chunk.images`.
       image_size: S, their side in pixels.
       tokens_per_image: T, positions of one image.
+      vocab_size: V, tokens that can be generated.
       max_length: maximum positions of a dialogue.
       batch_size: maximum rows of a session.
       parts: number of equal parts that rows are split into over devices.
@@ -117,6 +143,7 @@ class Generator:
         max_length: int = 2048,
         batch_size: int = 16,
         rows: NamedSharding | None = None,
+        mesh: Mesh | None = None,
     ):
         """Compiles nothing before first use.
 
@@ -130,39 +157,54 @@ class Generator:
             None: rows are on the devices of the parameters. With several processes, all call the same methods
             with the same arguments. A device receives its own rows and their images; every process receives
             the output of all rows.
+          mesh: mesh of the parameters if rows are not split over it; every device then computes its part of
+            the heads and hidden units of all rows.
         """
         self.tokenizer = tokenizer
-        model = resolve(model_config)
+        self.model = model = resolve(model_config)
         self.processor = image_processor(model)
         self.image_size = self.processor.size
         self.max_length, self.batch_size = max_length, batch_size
         self._params = params
-        self._last_prefix: tuple[tuple[int, ...], Session] | None = None
+        self._prefixes: collections.OrderedDict[bytes, Session] = collections.OrderedDict()
         graphdef, _ = build.abstract_model(model, "generative")
         self.tokens_per_image = model.tokens_per_image
         self._rows, self.parts = rows, 1 if rows is None else row_parts(rows)
-        cached, logits, whole = _shardings(rows)
-        self._start = jax.jit(
-            functools.partial(_start, graphdef), static_argnums=(1, 2), out_shardings=(cached, logits)
-        )
-        self._repeat = jax.jit(_repeat, static_argnums=2)
-        self._lengthen = jax.jit(_lengthen, static_argnums=1, out_shardings=cached)
-        vocab_size = min(tokenizer.vocab_size, model.llm.vocab_size)
+        state, whole = _shardings(rows, mesh, model.llm.num_kv_heads)
+        inside = functools.partial(_inside, mesh)
+        self.vocab_size = min(tokenizer.vocab_size, model.llm.vocab_size)
+        start = functools.partial(_start, graphdef, self.vocab_size)
+        self._start = jax.jit(start, static_argnums=(1, 2), out_shardings=state)
+        self._repeat = jax.jit(_repeat, static_argnums=1, out_shardings=state if rows is None else None)
+        self._lengthen = jax.jit(_lengthen, static_argnums=1, out_shardings=state)
+        self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=state)
+        self._extract = jax.jit(_extract, out_shardings=state if rows is None else None)
         self._prefill = jax.jit(
-            functools.partial(_prefill, graphdef, vocab_size),
+            inside(functools.partial(_prefill, graphdef, self.vocab_size)),
             donate_argnums=1,
-            out_shardings=(cached, logits),
+            out_shardings=state,
+        )
+        self._embed = jax.jit(
+            inside(lambda params, *args: build.merge(graphdef, params).embed(*args)), out_shardings=whole
+        )
+        self._score = jax.jit(
+            inside(functools.partial(_score, graphdef, self.vocab_size)), out_shardings=whole
         )
         self._decode = jax.jit(
-            functools.partial(_decode, graphdef, vocab_size),
+            inside(functools.partial(_decode, graphdef, self.vocab_size)),
             donate_argnums=1,
-            static_argnames=("size", "sampling"),
-            out_shardings=(cached, logits, whole, whole, whole),
+            static_argnames="size",
+            out_shardings=(state, whole),
         )
 
     def set_params(self, params: Mapping[str, Any]) -> None:
         """Replaces the values of the parameters; earlier sessions become invalid."""
-        self._params, self._last_prefix = params, None
+        self._params = params
+        self.forget_prefixes()
+
+    def forget_prefixes(self) -> None:
+        """Frees the caches of the prefixes that earlier sessions started with."""
+        self._prefixes.clear()
 
     def _put(self, array: np.ndarray | None) -> Any:
         """Transfers an array whose leading axis is rows, or parts of rows, to its devices."""
@@ -170,27 +212,50 @@ class Generator:
             return array
         return jax.make_array_from_callback(array.shape, self._rows, lambda index: array[index])
 
-    def start(self, rows: int, prefix: Sequence[int] = ()) -> Session:
+    def embed_image(self, image: np.ndarray) -> np.ndarray:
+        """Mean of the tokens of a uint8 [H, W, 3] image as the LLM reads them, float32 [D]."""
+        grid = self.processor.grid(image)
+        inputs, tiles = self.processor.inputs(image), self.processor.tile_map([grid])
+        count = len(inputs) * self.tokens_per_image
+        index = np.arange(count, dtype=np.int32)
+        slots = _ImageSlots(self.processor)
+        slots.add(Chunk(np.zeros(count, np.int32), index, tuple(inputs), tiles))
+        visual, images, valid, tile_array = _image_arrays([slots], index[None])
+        embeds = self._embed(self._params, np.zeros((1, count), np.int32), images, valid, visual, tile_array)
+        return np.asarray(embeds[0].mean(axis=0), np.float32)
+
+    def start(self, rows: int, prefix: Chunk | None = None, *, size: int | None = None) -> Session:
         """Starts a session.
 
         Args:
           rows: number of dialogues.
-          prefix: tokens that all rows start with, such as the cards. They are computed once for all rows, and
-            reused by the next session with the same prefix.
+          prefix: chunk that all rows start with, such as the cards and an image. It is computed once for all
+            rows, and reused by later sessions with the same prefix: the same tokens and the same pixels.
+          size: positions of the cache, at least those of `prefix`; by default it grows as needed.
 
         Raises:
           UserError: more rows than `batch_size`, or a prefix longer than `max_length`.
         """
         if not 1 <= rows <= self.batch_size:
             raise UserError(f"{rows} rows: must be 1 to the batch size, {self.batch_size}")
-        tokens = tuple(int(token) for token in prefix)
-        if not tokens:
-            return Session(self, rows)
-        if self._last_prefix is None or self._last_prefix[0] != tokens:
-            single = Session(self, 1)
-            single.append([Chunk.text(tokens)])
-            self._last_prefix = (tokens, single)
-        return Session(self, rows, self._last_prefix[1])
+        session = Session(self, rows, size)
+        if prefix is not None and len(prefix.tokens):
+            session._start_with(self._prefix(prefix))
+        return session
+
+    def _prefix(self, prefix: Chunk) -> Session:
+        """A session of one row that holds a prefix; the least recently used one is dropped beyond a few."""
+        key = prefix.key
+        if key not in self._prefixes:
+            # The text before the first image, such as the cards, is a prefix of its own.
+            text, rest = prefix.split(int((prefix.visual_index >= 0).argmax()))
+            single = self.start(1, text if len(text.tokens) >= MIN_PREFIX else None)
+            single.append([rest if single.lengths[0] else prefix])
+            self._prefixes[key] = single
+            while len(self._prefixes) > _PREFIXES:
+                self._prefixes.popitem(last=False)
+        self._prefixes.move_to_end(key)
+        return self._prefixes[key]
 
 
 class Session:
@@ -201,18 +266,26 @@ class Session:
       lengths: int64 [rows], cached positions of each.
     """
 
-    def __init__(self, generator: Generator, rows: int, prefix: Session | None = None):
-        """Called by `Generator.start`; `prefix` is a session of one row that is copied."""
+    def __init__(self, generator: Generator, rows: int, size: int | None = None):
+        """Called by `Generator.start`."""
         self.rows = rows
         self.lengths = np.zeros(rows, np.int64)
         self._generator = generator
         self._batch = min(_round_up(rows, 1), generator.batch_size)
+        self._fixed = size is not None
         self._size = 0
-        self._cache: Any = None
-        self._logits: jax.Array | None = None
-        if prefix is not None:
-            self._size, self.lengths = prefix._size, np.repeat(prefix.lengths, rows)
-            self._cache, self._logits = generator._repeat(prefix._cache, prefix._logits, self._batch)
+        self._state: State | None = None
+        if size is not None:
+            self._allocate(size)
+
+    def _start_with(self, prefix: Session) -> None:
+        """Copies the only row of `prefix` to all rows."""
+        generator = self._generator
+        self.lengths = np.repeat(prefix.lengths, self.rows)
+        state = generator._repeat(prefix._state, self._batch)
+        if self._size > prefix._size:
+            state = generator._lengthen(state, self._size)
+        self._state, self._size = state, max(self._size, prefix._size)
 
     def append(self, chunks: Sequence[Chunk | None]) -> None:
         """Adds a chunk to each row; None or an empty chunk leaves a row unchanged.
@@ -222,19 +295,169 @@ class Session:
           ValueError: not one entry per row, or an image of the wrong size.
         """
         generator = self._generator
-        if len(chunks) != self.rows:
-            raise ValueError(f"{len(chunks)} chunks for {self.rows} rows")
-        sizes = np.asarray([0 if chunk is None else len(chunk.tokens) for chunk in chunks], np.int64)
+        sizes = self._sizes(chunks)
         if not sizes.any():
             return
         after = self.lengths + sizes
-        if after.max() > generator.max_length:
+        self._grow(int(after.max()))
+        arguments = self._chunk_arrays(chunks, sizes)
+        self._state = generator._prefill(
+            generator._params, self._state, self._padded(self.lengths), self._padded(sizes), *arguments
+        )
+        self.lengths = after
+
+    def score(self, continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probabilities of the tokens of one text per row, in one pass; the session is unchanged.
+
+        Args:
+          continuations: [rows], tokens that may follow; empty for none.
+
+        Returns:
+          float32 [n] for each row, log-probabilities of its tokens, each given the row and those before it.
+
+        Raises:
+          UserError: a row would exceed the generator's `max_length`.
+          ValueError: not one entry per row, or a row without a prompt.
+        """
+        generator = self._generator
+        chunks = [Chunk.text(tokens) for tokens in continuations]
+        sizes = self._sizes(chunks)
+        if not self.lengths[sizes > 0].all():
+            raise ValueError("a row to score has no prompt yet")
+        if not sizes.any():
+            return [np.zeros(0, np.float32) for _ in continuations]
+        self._grow(int((self.lengths + sizes).max()))
+        tokens, *_ = self._chunk_arrays(chunks, sizes)
+        log_probs = jax.device_get(
+            generator._score(generator._params, self._state, self._padded(self.lengths), tokens)
+        )
+        return [log_probs[row, : sizes[row]] for row in range(self.rows)]
+
+    def decode(
+        self,
+        max_new_tokens: int | Sequence[int],
+        stop_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        *,
+        active: Sequence[bool] | None = None,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        allowed: np.ndarray | None = None,
+        until: int | None = None,
+    ) -> list[Decoded]:
+        """Generates in each active row until a stop token, `max_new_tokens`, or the end of the cache.
+
+        Returns one entry per row. The stop token is not cached: the next `append` starts with the template's
+        end of turn. Generation may continue with another call, which gives the same tokens as one call.
+
+        Args:
+          max_new_tokens: limit, for all rows or for each, at least 1.
+          stop_ids: up to 8 tokens that end a turn, for all rows or for each; the tokenizer's by default.
+          active: [rows], rows that generate; all by default. Each needs a prompt.
+          sampling: for all rows or for each; greedy by default.
+          allowed: bool [rows, V], the tokens that each row may generate; for one token.
+          until: return as soon as this many rows are done; by default when all are.
+        """
+        generator = self._generator
+        mask = np.ones(self.rows, bool) if active is None else np.asarray(active, bool)
+        limits = np.broadcast_to(np.asarray(max_new_tokens, np.int64), self.rows)
+        stops = self._stops(generator.tokenizer.stop_ids if stop_ids is None else stop_ids)
+        if limits.min() < 1 or mask.shape != (self.rows,):
+            raise ValueError(f"{max_new_tokens} new tokens, {mask.shape} active")
+        if not mask.any():
+            return [Decoded([], False) for _ in range(self.rows)]
+        if not self.lengths[mask].all():
+            raise ValueError("an active row has no prompt yet")
+        self._grow(min(int((self.lengths + limits)[mask].max()), generator.max_length))
+        each = [sampling] * self.rows if isinstance(sampling, Sampling) else list(sampling)
+        each += [GREEDY] * (self._batch - self.rows)
+        self._state, out = generator._decode(
+            generator._params,
+            self._state,
+            self._padded(self.lengths),
+            self._padded(mask),
+            self._padded(limits),
+            RowSampling(*map(generator._put, RowSampling.of(each))),
+            None if allowed is None else self._padded(allowed),
+            self._padded(stops),
+            np.int32(min(self._size, generator.max_length)),
+            np.int32(self._batch if until is None else until),
+            size=_round_up(int(limits.max()), _MIN_NEW),
+        )
+        out = jax.device_get(out)
+        self.lengths = self.lengths + out.counts[: self.rows]
+        return [self._decoded(row, out) for row in range(self.rows)]
+
+    def _stops(self, given: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray:
+        """Int32 [rows, 8] stop tokens; -1 is none."""
+        if given and isinstance(given[0], Sequence):
+            rows = [list(one) for one in given if isinstance(one, Sequence)]
+        else:
+            rows = [list(given)] * self.rows
+        if len(rows) != self.rows or max(map(len, rows)) > _STOP_SLOTS:
+            raise ValueError(f"stop ids {given}: at most {_STOP_SLOTS}, for all rows or for each")
+        return np.asarray([row + [-1] * (_STOP_SLOTS - len(row)) for row in rows], np.int32)
+
+    def _decoded(self, row: int, out: Generated) -> Decoded:
+        count = out.counts[row]
+        error = "" if out.finite[row] else self._first_not_finite(row)
+        ids = out.ids[row, :count].tolist()
+        return Decoded(ids, bool(out.stopped[row]), tuple(out.log_probs[row, :count].tolist()), error)
+
+    def _first_not_finite(self, row: int) -> str:
+        """Names the first activation that is not finite, from the keys and values in the cache."""
+        cache = jax.device_get(self._generator._extract(self._state, row).cache)
+        bad = [~np.isfinite(np.asarray(x, np.float32)[:, 0, : self.lengths[row]]) for x in cache.values()]
+        by_layer = np.any(bad, axis=(0, 3, 4))  # [layers, positions]
+        if not by_layer.any():
+            return "the logits are not finite, although all keys and values of the layers are; check the head"
+        position = int(by_layer.any(axis=0).argmax())
+        layer = int(by_layer[:, position].argmax())
+        where = "the embedding of the input" if layer == 0 else f"the output of layer {layer - 1} of the LLM"
+        return (
+            f"the logits are not finite; the first activation that is not is {where} at position {position}"
+        )
+
+    def insert(self, row: int, source: Session) -> None:
+        """Replaces a row with the only row of another session, whose cache must not be longer."""
+        if source.rows != 1 or source._size > self._size:
+            raise ValueError(f"{source.rows} rows of {source._size} positions into {self._size}")
+        self._state = self._generator._insert(self._state, source._state, np.int32(row))
+        self.lengths[row] = source.lengths[0]
+
+    def extract(self, row: int, size: int | None = None) -> Session:
+        """A copy of a row, with a cache of `size` positions; by default of this session's."""
+        single = Session(self._generator, 1)
+        single._state, single._size, single._fixed = self._copy(row), self._size, size is not None
+        single.lengths = self.lengths[row : row + 1].copy()
+        if size is not None and size > self._size:
+            single._state, single._size = self._generator._lengthen(single._state, size), size
+        return single
+
+    def _copy(self, row: int) -> State:
+        return self._generator._extract(self._state, np.int32(row))
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forgets the positions of a row from `length` on; the row needs a chunk before it can generate."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"row {row} has {self.lengths[row]} positions, not {length}")
+        self.lengths[row] = length
+
+    def _sizes(self, chunks: Sequence[Chunk | None]) -> np.ndarray:
+        """Int64 [rows], tokens of each chunk; checks that they fit."""
+        if len(chunks) != self.rows:
+            raise ValueError(f"{len(chunks)} chunks for {self.rows} rows")
+        sizes = np.asarray([0 if chunk is None else len(chunk.tokens) for chunk in chunks], np.int64)
+        after, limit = self.lengths + sizes, self._generator.max_length
+        if after.max() > limit:
             row = int(after.argmax())
             raise UserError(
-                f"dialogue {row} needs {after[row]} positions, more than max_length {generator.max_length}; "
+                f"dialogue {row} needs {after[row]} positions, more than max_length {limit}; "
                 "ask something shorter or raise max_length"
             )
-        self._grow(int(after.max()))
+        return sizes
+
+    def _chunk_arrays(self, chunks: Sequence[Chunk | None], sizes: np.ndarray) -> tuple[Any, ...]:
+        """Tokens [B, L], visual_index [B, L], and the arrays of `_image_arrays`, on their devices."""
+        generator = self._generator
         width = _round_up(int(sizes.max()), _MIN_CHUNK)
         tokens = np.zeros((self._batch, width), np.int32)
         visual = np.full((self._batch, width), -1, np.int32)
@@ -250,72 +473,31 @@ class Session:
             is_image = index >= 0
             image, offset = np.divmod(index[is_image], per_image)
             visual[row, : sizes[row]][is_image] = np.asarray(own_slots, int)[image] * per_image + offset
-        self._cache, self._logits = generator._prefill(
-            generator._params, self._cache, self._logits, self._padded(self.lengths), self._padded(sizes),
-            generator._put(tokens), *(generator._put(array) for array in _image_arrays(slots, visual)),
-        )  # fmt: skip
-        self.lengths = after
-
-    def decode(
-        self,
-        max_new_tokens: int,
-        stop_ids: Sequence[int] | None = None,
-        *,
-        active: Sequence[bool] | None = None,
-        sampling: Sampling = GREEDY,
-    ) -> list[Decoded]:
-        """Generates in each active row until a stop token, `max_new_tokens`, or the end of the cache.
-
-        Returns one entry per row. The stop token is not cached: the next `append` starts with the template's
-        end of turn.
-
-        Args:
-          max_new_tokens: limit for each row, at least 1.
-          stop_ids: up to 8 tokens that end a turn; the tokenizer's by default.
-          active: [rows], rows that generate; all by default. Each needs a prompt.
-          sampling: greedy by default.
-        """
-        generator = self._generator
-        mask = np.ones(self.rows, bool) if active is None else np.asarray(active, bool)
-        stops = list(generator.tokenizer.stop_ids if stop_ids is None else stop_ids)
-        if max_new_tokens < 1 or len(stops) > _STOP_SLOTS or mask.shape != (self.rows,):
-            raise ValueError(f"{max_new_tokens} new tokens, {len(stops)} stop ids, {mask.shape} active")
-        if not mask.any():
-            return [Decoded([], False) for _ in range(self.rows)]
-        if not self.lengths[mask].all():
-            raise ValueError("an active row has no prompt yet")
-        self._grow(min(int(self.lengths[mask].max()) + max_new_tokens, generator.max_length))
-        self._cache, self._logits, ids, counts, stopped = generator._decode(
-            generator._params,
-            self._cache,
-            self._logits,
-            self._padded(self.lengths),
-            self._padded(mask),
-            np.asarray(stops + [-1] * (_STOP_SLOTS - len(stops)), np.int32),
-            np.int32(max_new_tokens),
-            np.int32(min(self._size, generator.max_length)),
-            np.asarray(jax.random.key_data(jax.random.key(sampling.seed))),
-            size=_round_up(max_new_tokens, _MIN_NEW),
-            # The seed is an argument above, so that another seed needs no new program.
-            sampling=dataclasses.replace(sampling, seed=0),
-        )
-        ids, counts, stopped = jax.device_get((ids, counts, stopped))
-        self.lengths = self.lengths + counts[: self.rows]
-        return [Decoded(ids[row, : counts[row]].tolist(), bool(stopped[row])) for row in range(self.rows)]
+        return generator._put(tokens), *map(generator._put, _image_arrays(slots, visual))
 
     def _padded(self, values: np.ndarray) -> Any:
         dtype = bool if values.dtype == bool else np.int32
-        return self._generator._put(np.pad(values, (0, self._batch - self.rows)).astype(dtype))
+        padding = [(0, self._batch - self.rows), *[(0, 0)] * (values.ndim - 1)]
+        return self._generator._put(np.pad(values, padding).astype(dtype))
 
     def _grow(self, needed: int) -> None:
-        size = min(_round_up(needed, _MIN_CACHE), max(self._generator.max_length, _MIN_CACHE))
-        if size <= self._size:
+        if needed <= self._size:
             return
-        if self._cache is None:
-            self._cache, self._logits = self._generator._start(self._generator._params, self._batch, size)
-        else:
-            self._cache = self._generator._lengthen(self._cache, size)
-        self._size = size
+        if self._fixed:
+            raise ValueError(f"a dialogue needs {needed} positions, the cache has {self._size}")
+        size = cache_size(needed, self._generator.max_length)
+        if self._state is None:
+            self._allocate(size)
+        elif size > self._size:
+            self._state, self._size = self._generator._lengthen(self._state, size), size
+
+    def _allocate(self, size: int) -> None:
+        self._state, self._size = self._generator._start(self._generator._params, self._batch, size), size
+
+
+def cache_size(needed: int, max_length: int) -> int:
+    """Positions of the cache of a dialogue that needs `needed`, one of a few sizes."""
+    return min(_round_up(needed, _MIN_CACHE), max(max_length, _MIN_CACHE))
 
 
 def _round_up(value: int, least: int) -> int:
@@ -380,116 +562,203 @@ def _image_arrays(parts: Sequence[_ImageSlots], visual: np.ndarray) -> tuple[np.
     return visual, images, valid, tiles if parts[0].tiled else None
 
 
-def _shardings(rows: NamedSharding | None) -> tuple[Any, Any, Any]:
-    """Shardings of the cache, of logits, and of outputs that every process reads."""
-    if rows is None:
-        return None, None, None
-    cached = NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec))  # the first axis is layers
-    return {"k": cached, "v": cached}, rows, NamedSharding(rows.mesh, PartitionSpec())
+def _shardings(rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int) -> tuple[Any, Any]:
+    """Shardings of the state of a session, and of outputs that every process reads."""
+    mesh = rows.mesh if rows is not None else mesh  # type: ignore[assignment]
+    if mesh is None:
+        return None, None
+    of_rows = PartitionSpec() if rows is None else rows.spec
+    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    batch = of_rows[0] if len(of_rows) else None
+    cached = NamedSharding(mesh, PartitionSpec(None, batch, None, heads))  # [layers, rows, size, heads, ...]
+    each = NamedSharding(mesh, of_rows)
+    return State({"k": cached, "v": cached}, each, each), NamedSharding(mesh, PartitionSpec())
 
 
-def _start(graphdef: Any, params: Any, rows: int, size: int) -> tuple[Any, jax.Array]:
-    """An empty cache and logits [rows, V]."""
+def _inside(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces a function with activations split over `tensor`; without a mesh, in the caller's context."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        with logical_axes.activation_rules(mesh, {**logical_axes.ACTIVATION_RULES, "length": None}):
+            return function(*args, **options)
+
+    return run
+
+
+class State(NamedTuple):
+    """What a session holds on the devices.
+
+    Attributes:
+      cache: k and v, each [layers, B, size, kv heads, head dim].
+      logits: float32 [B, V'], of the next token; -inf for ids outside the tokenizer's vocabulary.
+      held: bool [B, V'], tokens of the dialogue so far.
+    """
+
+    cache: Any
+    logits: Any
+    held: Any
+
+
+class Generated(NamedTuple):
+    """The output of `_decode`: ids and log_probs [B, size]; counts, stopped and finite [B]."""
+
+    ids: Any
+    log_probs: Any
+    counts: Any
+    stopped: Any
+    finite: Any
+
+
+def _start(graphdef: Any, vocab_size: int, params: Any, rows: int, size: int) -> State:
+    """An empty cache."""
+    del vocab_size
     llm = build.merge(graphdef, params).llm
-    vocab_size = as_weight(llm.head_kernel()).value.shape[1]
-    return llm.init_cache(rows, size), jnp.zeros((rows, vocab_size), jnp.float32)
+    vocab = as_weight(llm.head_kernel()).value.shape[1]
+    return State(
+        llm.init_cache(rows, size), jnp.zeros((rows, vocab), jnp.float32), jnp.zeros((rows, vocab), bool)
+    )
 
 
-def _repeat(cache: Any, logits: jax.Array, rows: int) -> tuple[Any, jax.Array]:
-    """Repeats the only row of a cache and its logits `rows` times."""
-    return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=1), cache), jnp.repeat(logits, rows, axis=0)
+def _repeat(state: State, rows: int) -> State:
+    """Repeats the only row `rows` times."""
+    cache = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=1), state.cache)
+    return State(cache, jnp.repeat(state.logits, rows, axis=0), jnp.repeat(state.held, rows, axis=0))
 
 
-def _lengthen(cache: Any, size: int) -> Any:
+def _lengthen(state: State, size: int) -> State:
     """Pads the cache to `size` positions."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0))), cache)
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0)))
+
+    return state._replace(cache=jax.tree.map(pad, state.cache))
 
 
-def _last_logits(model: Any, hidden: jax.Array, vocab_size: int) -> jax.Array:
-    """Float32 [B, V] of hidden [B, D]; -inf for ids outside the tokenizer's vocabulary."""
+def _insert(state: State, single: State, row: jax.Array) -> State:
+    """Overwrites a row with the only row of `single`, whose cache may be shorter."""
+
+    def put(whole: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice(whole, part, [row if i == axis else 0 for i in range(whole.ndim)])
+
+    cache = jax.tree.map(lambda whole, part: put(whole, part, 1), state.cache, single.cache)
+    return State(cache, put(state.logits, single.logits, 0), put(state.held, single.held, 0))
+
+
+def _extract(state: State, row: jax.Array) -> State:
+    """A state of one row."""
+    cache = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), state.cache)
+    return State(cache, *(jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (state.logits, state.held)))
+
+
+def _next_logits(model: Any, hidden: jax.Array, vocab_size: int) -> jax.Array:
+    """Float32 [..., V] of hidden [..., D]; -inf for ids outside the tokenizer's vocabulary."""
     logits = model.llm.logits(hidden)
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
 def _prefill(
-    graphdef: Any, vocab_size: int, params: Any, cache: Any, logits: jax.Array, lengths: jax.Array,
-    sizes: jax.Array, tokens: jax.Array, visual: jax.Array | None, images: jax.Array | None,
-    image_valid: jax.Array | None, image_tiles: jax.Array | None,
-) -> tuple[Any, jax.Array]:  # fmt: skip
+    graphdef: Any, vocab_size: int, params: Any, state: State, lengths: jax.Array, sizes: jax.Array,
+    tokens: jax.Array, visual: jax.Array | None, images: jax.Array | None, image_valid: jax.Array | None,
+    image_tiles: jax.Array | None,
+) -> State:  # fmt: skip
     """Appends a padded chunk to the cache; rows with size 0 keep their logits."""
     model = build.merge(graphdef, params)
     embeds = model.embed(tokens, images, image_valid, visual, image_tiles)
-    positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-    hidden, cache = model.llm.forward_cached(embeds, positions, cache, lengths)
+    steps = jnp.arange(tokens.shape[1])[None]
+    hidden, cache = model.llm.forward_cached(embeds, lengths[:, None] + steps, state.cache, lengths)
     last = jnp.take_along_axis(hidden, jnp.maximum(sizes - 1, 0)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where((sizes > 0)[:, None], _last_logits(model, last, vocab_size), logits)
+    logits = jnp.where((sizes > 0)[:, None], _next_logits(model, last, vocab_size), state.logits)
+    is_text = steps < sizes[:, None] if visual is None else (steps < sizes[:, None]) & (visual < 0)
+    # A row without positions is a new dialogue.
+    held = state.held & (lengths > 0)[:, None]
+    return State(cache, logits, _hold(held, jnp.where(is_text, tokens, held.shape[1])))
 
 
-def _choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Int32 [B] next tokens of float32 [B, V]."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_p < 1:
-        order = jnp.argsort(-logits, axis=-1)
-        sorted_logits = jnp.take_along_axis(logits, order, axis=-1)
-        probability = jax.nn.softmax(sorted_logits, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        sorted_logits = jnp.where(before < sampling.top_p, sorted_logits, -jnp.inf)
-        picked = jax.random.categorical(key, sorted_logits)
-        return jnp.take_along_axis(order, picked[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+def _hold(held: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Adds tokens [B, n] to the set of each row; ids beyond the vocabulary are none."""
+    return held.at[jnp.arange(held.shape[0])[:, None], tokens].set(True, mode="drop")
+
+
+def _score(
+    graphdef: Any, vocab_size: int, params: Any, state: State, lengths: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Float32 [B, L] log-probabilities of tokens [B, L] that follow the rows."""
+    model = build.merge(graphdef, params)
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+    hidden, _ = model.llm.forward_cached(model.embed(tokens), positions, state.cache, lengths)
+    after = _next_logits(model, hidden[:, :-1], vocab_size)
+    logits = jnp.concatenate([state.logits[:, None], after], axis=1)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _decode(
-    graphdef: Any, vocab_size: int, params: Any, cache: Any, logits: jax.Array, lengths: jax.Array,
-    active: jax.Array, stops: jax.Array, limit: jax.Array, room: jax.Array, key: jax.Array, *,
-    size: int, sampling: Sampling,
-) -> tuple[Any, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The decoding loop on the device, until every row is done. `key` is the data of a random key.
+    graphdef: Any, vocab_size: int, params: Any, state: State, lengths: jax.Array, active: jax.Array,
+    limits: jax.Array, sampling: RowSampling, allowed: jax.Array | None, stops: jax.Array, room: jax.Array,
+    until: jax.Array, *, size: int,
+) -> tuple[State, Generated]:  # fmt: skip
+    """The decoding loop on the device, until every row is done, or `until` active ones are.
 
     A row that is done keeps its length; later cache entries beyond that length are overwritten.
     """
     model = build.merge(graphdef, params)
-    key = jax.random.wrap_key_data(key)
+    start = lengths
 
-    def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = _choose(logits, jax.random.fold_in(key, step), sampling)
-        return token, (token[:, None] == stops[None]).any(axis=1)
+    def pick(logits: jax.Array, held: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
+        """The next token, its log-probability, whether it is a stop, and whether the logits are finite."""
+        if allowed is not None:
+            outside = jnp.zeros((logits.shape[0], logits.shape[1] - vocab_size), bool)
+            within = jnp.concatenate([allowed[:, :vocab_size], outside], axis=1)
+            logits = jnp.where(within, logits, -jnp.inf)
+        token, log_prob = choose(logits, held, lengths, sampling)
+        highest = logits.max(axis=-1)  # NaN if one is NaN
+        return token, log_prob, (token[:, None] == stops).any(axis=1), jnp.isfinite(highest)
 
-    def unfinished(state: dict[str, jax.Array]) -> jax.Array:
-        return (state["step"] < limit) & ~state["done"].all()
+    def finished(lengths: jax.Array, stop: jax.Array, finite: jax.Array) -> jax.Array:
+        return stop | ~finite | (lengths >= room) | (lengths - start >= limits)
 
-    def advance(state: dict[str, Any]) -> dict[str, Any]:
-        running, step, lengths = ~state["done"], state["step"], state["lengths"]
-        ids = state["ids"].at[:, step].set(jnp.where(running, state["token"], state["ids"][:, step]))
+    def unfinished(loop: dict[str, Any]) -> jax.Array:
+        done = loop["done"]
+        return ~done.all() & ((done & active).sum() < until)
+
+    def advance(loop: dict[str, Any]) -> dict[str, Any]:
+        running, lengths, state = ~loop["done"], loop["lengths"], loop["state"]
+        token, rows = loop["token"], jnp.arange(loop["token"].shape[0])
+        place = jnp.where(running, lengths - start, size)
         hidden, cache = model.llm.forward_cached(
-            model.embed(state["token"][:, None]), lengths[:, None], state["cache"], lengths
+            model.embed(token[:, None]), lengths[:, None], state.cache, lengths
         )
-        logits = jnp.where(running[:, None], _last_logits(model, hidden[:, 0], vocab_size), state["logits"])
+        logits = jnp.where(running[:, None], _next_logits(model, hidden[:, 0], vocab_size), state.logits)
+        held = _hold(state.held, jnp.where(running, token, state.held.shape[1])[:, None])
         lengths = lengths + running
-        token, stop = choose(logits, step + 1)
+        following, log_prob, stop, finite = pick(logits, held, lengths)
         return {
-            "step": step + 1,
-            "token": token,
-            "stopped": state["stopped"] | (running & stop),
-            "done": state["done"] | stop | (lengths >= room),
+            "token": following,
+            "log_prob": log_prob,
+            "stopped": loop["stopped"] | (running & stop),
+            "finite": loop["finite"] & (finite | ~running),
+            "done": loop["done"] | finished(lengths, stop, finite),
             "lengths": lengths,
-            "logits": logits,
-            "ids": ids,
-            "cache": cache,
+            "ids": loop["ids"].at[rows, place].set(token, mode="drop"),
+            "log_probs": loop["log_probs"].at[rows, place].set(loop["log_prob"], mode="drop"),
+            "state": State(cache, logits, held),
         }
 
-    token, stop = choose(logits, jnp.int32(0))
-    state = {
-        "step": jnp.int32(0),
+    token, log_prob, stop, finite = pick(state.logits, state.held, lengths)
+    loop = {
         "token": token,
+        "log_prob": log_prob,
         "stopped": active & stop,
-        "done": ~active | stop | (lengths >= room),
+        "finite": finite | ~active,
+        "done": ~active | finished(lengths, stop, finite),
         "lengths": lengths,
-        "logits": logits,
-        "ids": jnp.zeros((logits.shape[0], size), jnp.int32),
-        "cache": cache,
+        "ids": jnp.zeros((lengths.shape[0], size), jnp.int32),
+        "log_probs": jnp.zeros((lengths.shape[0], size), jnp.float32),
+        "state": state,
     }
-    state = jax.lax.while_loop(unfinished, advance, state)
-    return state["cache"], state["logits"], state["ids"], state["lengths"] - lengths, state["stopped"]
+    loop = jax.lax.while_loop(unfinished, advance, loop)
+    out = (loop["ids"], loop["log_probs"], loop["lengths"] - start, loop["stopped"], loop["finite"])
+    return loop["state"], Generated(*out)

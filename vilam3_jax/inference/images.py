@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
+from PIL import Image, ImageOps
 
 from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.content_keys import image_key
@@ -23,7 +27,7 @@ from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, exists
 
-ImageLike = PathLike | np.ndarray | Volume
+ImageLike = PathLike | bytes | Image.Image | np.ndarray | Volume
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +104,8 @@ def open_image(
 
     Args:
       image: path of a 2-D image (PNG, JPEG, DICOM, ...) or of a volume (NIfTI, NRRD, MetaImage, a DICOM file
-        or a folder of DICOM series); or a uint8 [H, W, 3] array; or a `Volume`.
+        or a folder of DICOM series); the bytes of a 2-D image; a PIL image; a uint8 [H, W, 3] array; or a
+        `Volume`.
       size: side in pixels; None keeps the size of the image, see `ImageProcessor.kept_size`.
       axis: 'axial', 'coronal' or 'sagittal'; by default the plane of a single-slice volume, or the model's.
       index: slice along that axis; the middle one by default.
@@ -121,6 +126,24 @@ def open_image(
         raise UserError(f"slices {slices}: must be at least 1")
     if slices > 1 and index is not None:
         raise UserError(f"slice {index} and {slices} slices: give only one of them")
+    if isinstance(image, Image.Image):
+        image = _png(image)
+    if isinstance(image, bytes):
+        with _stored(image) as path:
+            if file_to_read(path, series)[1]:
+                raise UserError("the bytes are those of a volume; give its path, so that experts can read it")
+            return open_image(
+                path,
+                size,
+                axis=axis,
+                index=index,
+                slices=slices,
+                window=window,
+                modality=modality,
+                frame=frame,
+                preprocessing=preprocessing,
+                decoder=decoder,
+            )
     if isinstance(image, Volume):
         return _slices(image, None, size, axis, index, slices, window, preprocessing)
     is_array = isinstance(image, np.ndarray)
@@ -128,7 +151,7 @@ def open_image(
     if not is_array:
         if not exists(path):
             raise UserError(f"{path}: no such file or folder; check --image")
-        path, is_volume = _file_to_read(path, series)
+        path, is_volume = file_to_read(path, series)
         if is_volume:
             if frame is not None:
                 raise UserError(f"{path}: is a volume, which has slices instead of frames; choose a slice")
@@ -159,8 +182,33 @@ def open_image(
     )
 
 
-def _file_to_read(path: epath.Path, series: str | None) -> tuple[epath.Path, bool]:
-    """The file or folder to read, and whether it is a volume; a folder may hold a single 2-D image."""
+def _png(image: Image.Image) -> bytes:
+    """The file of a PIL image, so that it is read by the rules for files."""
+    buffer = io.BytesIO()
+    try:
+        ImageOps.exif_transpose(image).save(buffer, "PNG")
+    except (OSError, ValueError) as error:
+        raise UserError(f"PIL image of mode {image.mode}: cannot be stored; convert it to RGB") from error
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _stored(data: bytes) -> Iterator[epath.Path]:
+    """A file with the data while it is read; errors name the bytes instead of the file."""
+    with tempfile.TemporaryDirectory(prefix="vilam3-") as folder:
+        path = as_path(folder) / "image"
+        path.write_bytes(data)
+        try:
+            yield path
+        except UserError as error:
+            raise UserError(str(error).replace(os.fspath(path), "image bytes")) from error
+
+
+def file_to_read(path: epath.Path, series: str | None) -> tuple[epath.Path, bool]:
+    """The file or folder to read, and whether it is a volume; a folder may hold a single 2-D image.
+
+    Raises `UserError` for a folder with several images and no volume.
+    """
     if series is not None:
         return path, True
     is_folder = path.is_dir()

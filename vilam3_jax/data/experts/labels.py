@@ -123,6 +123,11 @@ def component_counts(annotation: Annotation) -> dict[int, int]:
     return _sum_merged(annotation, ((s.label_id, s.components) for s in annotation.segments))
 
 
+def merged_volumes(annotation: Annotation) -> dict[int, float]:
+    """Label id to ml in the whole volume, of the labels that the annotation's argument selects."""
+    return _sum_merged(annotation, ((s.label_id, s.volume_ml) for s in annotation.segments))
+
+
 def apply_group(group: LabelGroup | None, labels: np.ndarray) -> np.ndarray:
     """Drops and merges labels, integers of any shape. Without a group they are returned unchanged."""
     if group is None:
@@ -136,6 +141,6 @@ def visible_segments(annotation: Annotation, *, axis: int, index: int) -> list[t
     """(label id, name, voxels on the slice, ml in the whole volume) of the labels shown on a slice."""
     group = label_group(annotation.expert, annotation.args)
     names = group.names if group else annotation.label_names
-    millilitres = _sum_merged(annotation, ((s.label_id, s.volume_ml) for s in annotation.segments))
+    millilitres = merged_volumes(annotation)
     counts = _sum_merged(annotation, ((i, n) for i, _, n in segments_on_slice(annotation, axis, index)))
     return [(i, names[i], counts[i], millilitres[i]) for i in sorted(counts)]

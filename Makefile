@@ -8,7 +8,7 @@ SAMPLES ?= .cache/samples
 QUICKSTART_FLAGS := $(if $(FULL),--size=full) $(if $(FRESH),--fresh) $(if $(SEED),--seed=$(SEED))
 MANIFESTS := setup.cfg pyproject.toml experts/setup.cfg experts/pyproject.toml constraints/py311.txt constraints/py312.txt
 
-.PHONY: help install install-dev quickstart smoke resume-demo test test-all lint format types docs clean
+.PHONY: help install install-dev page quickstart smoke resume-demo test test-all lint format types docs clean
 
 help:
 	@echo "make quickstart   everything on this machine: install, experts, all stages, evaluation, a report"
@@ -19,6 +19,7 @@ help:
 	@echo "make resume-demo  kills a run of two processes and resumes it on another mesh: the same samples, the same losses"
 	@echo "make install      the user's packages; make install-dev adds those of the tests and of vilam3 plan"
 	@echo "make lint types   ruff and pyright; make format rewrites"
+	@echo "make page         fetches NiiVue for the 3-D view of vilam3 serve's page"
 	@echo "make docs         the documentation site, in build/docs; a broken link or a page without an entry fails"
 
 install: $(VENV)/.installed
@@ -41,6 +42,10 @@ $(VENV)/.installed: $(MANIFESTS) | $(BIN)/python
 $(VENV)/.installed-dev: $(MANIFESTS) | $(BIN)/python
 	$(PIP_INSTALL) -e '.[dev]' -e './experts[dev]'
 	@touch $@ $(VENV)/.installed
+
+# Pinned by its hash; `page/vendor` is not in git, and in the wheel if it is there.
+page: install
+	$(BIN)/python -m vilam3_jax.serving.fetch_page
 
 quickstart: install
 	$(BIN)/python -m vilam3_jax.quickstart --out $(RUN) --samples $(SAMPLES) $(QUICKSTART_FLAGS)

@@ -20,6 +20,7 @@ LAYERS = (
     "models",
     "checkpoints",
     "inference",
+    "serving",
     "tasks",
     "training",
     "configs",

@@ -1,0 +1,1 @@
+"""`vilam3 serve`: an HTTP server and its page."""

@@ -1,0 +1,180 @@
+"""Label maps of experts that an answer offers: their legend, slices and files, kept for a while."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from vilam3_jax.data.experts.labels import apply_group, component_counts, label_group, merged_volumes
+from vilam3_jax.data.experts.overlays import PALETTE
+from vilam3_jax.data.experts.record import Annotation, memory_bytes
+from vilam3_jax.data.images import encode_png
+from vilam3_jax.data.volumes import AXES, slice_2d
+from vilam3_jax.serving.errors import ApiError, bad_request
+from vilam3_jax.serving.viewing import SliceQuery, nifti_bytes
+
+_ID = re.compile(r"mask-[A-Za-z0-9_-]{32}")
+_MAX_BYTES = 1 << 28  # of compressed maps
+_DECODED = 2  # maps that stay decompressed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask:
+    """A label map of an expert.
+
+    Attributes:
+      id: what clients call it.
+      owner: who may use it.
+      annotation: with the label map.
+      expires: Unix time.
+    """
+
+    id: str
+    owner: str
+    annotation: Annotation
+    expires: float
+
+
+class MaskStore:
+    """Label maps of answers, in memory; thread-safe."""
+
+    def __init__(self, *, seconds: float = 3600.0, max_bytes: int = _MAX_BYTES):
+        """Maps are forgotten after `seconds`, and the oldest ones beyond `max_bytes`."""
+        self._seconds, self._max_bytes = seconds, max_bytes
+        self._masks: dict[str, Mask] = {}
+        self._decoded: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def add(self, annotation: Annotation, owner: str) -> dict[str, Any] | None:
+        """Keeps the map of a result; returns what clients learn of it, or None if it has none.
+
+        Raises `ValueError` for a damaged map.
+        """
+        if annotation.status != "ok" or annotation.labels is None:
+            return None
+        name = f"mask-{secrets.token_urlsafe(24)}"
+        mask = Mask(name, owner, annotation, time.time() + self._seconds)
+        labels = self._labels(mask)
+        with self._lock:
+            self._masks[name] = mask
+            while len(self._masks) > 1 and self._bytes() > self._max_bytes:
+                self._drop(next(iter(self._masks)))
+        return {
+            "id": name,
+            "shape": list(labels.shape),
+            "labels": list(_legend(annotation, labels)),
+            "largest": {plane: _largest(labels, axis) for plane, axis in AXES.items()},
+        }
+
+    def get(self, name: str, owner: str) -> Mask:
+        """A mask of an owner; raises `ApiError` (404) without one."""
+        with self._lock:
+            found = self._masks.get(name) if _ID.fullmatch(name) else None
+        if found is None or found.owner != owner or found.expires < time.time():
+            raise ApiError(404, "no such mask; it expired, ask again", "no_such_mask")
+        return found
+
+    def png(self, mask: Mask, query: SliceQuery) -> bytes:
+        """A slice in the colours of the legend, RGBA, transparent without a label."""
+        labels, axis = self._labels(mask), query.axis or "axial"
+        count = labels.shape[AXES[axis]]
+        index = count // 2 if query.index is None else query.index
+        if index >= count:
+            raise bad_request(f"index: there are {axis} slices 0 to {count - 1}", "index")
+        plane = slice_2d(labels, AXES[axis], index)
+        ids = _ids(mask.annotation)
+        table = np.zeros((65536, 4), np.uint8)
+        for place, label in enumerate(ids):
+            table[label] = (*_colour(place), 255)
+        return encode_png(table[plane])
+
+    def nifti(self, mask: Mask) -> bytes:
+        """The map as a gzipped NIfTI file."""
+        affine = mask.annotation.label_affine
+        assert affine is not None  # see add
+        labels = self._labels(mask)
+        kind = np.uint8 if int(labels.max(initial=0)) < 256 else np.uint16
+        return nifti_bytes(labels.astype(kind), affine, packed=True)
+
+    def sweep(self) -> None:
+        """Forgets what expired."""
+        now = time.time()
+        with self._lock:
+            for name in [name for name, mask in self._masks.items() if mask.expires < now]:
+                self._drop(name)
+            for name in [name for name in self._decoded if name not in self._masks]:
+                self._drop(name)
+
+    def _labels(self, mask: Mask) -> np.ndarray:
+        """The labels that the expert's argument selects, [X, Y, Z]."""
+        with self._lock:
+            if (found := self._decoded.get(mask.id)) is not None:
+                self._decoded.move_to_end(mask.id)
+                return found
+        annotation = mask.annotation
+        labels = apply_group(label_group(annotation.expert, annotation.args), annotation.label_map())
+        with self._lock:
+            self._decoded[mask.id] = labels
+            while len(self._decoded) > _DECODED:
+                self._decoded.popitem(last=False)
+        return labels
+
+    def _bytes(self) -> int:
+        return sum(memory_bytes(mask.annotation) for mask in self._masks.values())
+
+    def _drop(self, name: str) -> None:
+        self._masks.pop(name, None)
+        self._decoded.pop(name, None)
+
+
+def _names(annotation: Annotation) -> dict[int, str]:
+    group = label_group(annotation.expert, annotation.args)
+    return dict(group.names) if group else annotation.label_names
+
+
+def _ids(annotation: Annotation) -> list[int]:
+    """The labels of a result in the order of their colours."""
+    return sorted(merged_volumes(annotation))
+
+
+def _colour(place: int) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * part) for part in PALETTE[place % len(PALETTE)][1])
+    return red, green, blue
+
+
+def _legend(annotation: Annotation, labels: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The labels with their colours. Unlike in the model's overlay, a label has one colour on all slices."""
+    names, volumes, components = (
+        _names(annotation),
+        merged_volumes(annotation),
+        component_counts(annotation),
+    )
+    size = max(volumes, default=0) + 1
+    # By planes: counting converts to 8 bytes a voxel.
+    voxels = sum(np.bincount(plane.ravel(), minlength=size)[:size] for plane in labels)
+    for place, label in enumerate(_ids(annotation)):
+        yield {
+            "id": label,
+            "name": names.get(label, f"label {label}"),
+            "colour": "#{:02x}{:02x}{:02x}".format(*_colour(place)),
+            "volume_ml": volumes[label] if np.isfinite(volumes[label]) else None,
+            "components": components[label],
+            "voxels": int(voxels[label]),
+        }
+
+
+def _largest(labels: np.ndarray, axis: int) -> int:
+    """The slice with the most labelled voxels."""
+    others = tuple(other for other in range(3) if other != axis)
+    return int(np.argmax(np.count_nonzero(labels, axis=others)))

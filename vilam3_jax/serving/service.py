@@ -1,0 +1,206 @@
+"""What the HTTP interfaces share: the model, its engine, uploaded files, and how a request is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from vilam3_jax.data.isolation import DecoderProcess
+from vilam3_jax.inference.assistant import Assistant
+from vilam3_jax.serving import inputs
+from vilam3_jax.serving.answers import Answer, Step, answer
+from vilam3_jax.serving.engine import LATE, BusyError, DeadlineError, Engine
+from vilam3_jax.serving.errors import ApiError
+from vilam3_jax.serving.files import FileStore
+from vilam3_jax.serving.inputs import Ask
+from vilam3_jax.serving.masks import MaskStore
+from vilam3_jax.serving.metrics import Metrics
+from vilam3_jax.serving.viewing import Viewer
+
+_SWEEP_SECONDS = 30.0
+_DECODER_BYTES = 4 << 30
+_READERS = 4
+_VIEWERS = 2
+_MAX_VIEWS = 64  # requests for slices that wait
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Limits of a server.
+
+    Attributes:
+      model: its name in the interfaces.
+      queue: requests that may wait or run; more are refused with 429.
+      deadline: seconds for an answer, the reading of its images included.
+      max_new_tokens: tokens of a turn if a request states no limit.
+      max_body: bytes of a JSON body.
+      max_upload: bytes of an uploaded file.
+      upload_space: bytes of all uploaded files.
+      file_seconds: uploaded files are deleted after this time.
+      drain: seconds that answers in progress have when the server stops.
+      cors_origins: web origins that may use the server.
+      keys: API keys; without any, everybody may ask.
+      hosts: names in the Host header that are accepted; empty: all.
+    """
+
+    model: str = "vilam3"
+    queue: int = 64
+    deadline: float = 300.0
+    max_new_tokens: int = 512
+    max_body: int = 64 << 20
+    max_upload: int = 512 << 20
+    upload_space: int = 8 << 30
+    file_seconds: float = 3600.0
+    drain: float = 60.0
+    cors_origins: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+
+
+class Service:
+    """A model that is served; close it, or use it in a `with` statement."""
+
+    def __init__(self, assistant: Assistant, settings: Settings, *, experts: bool):
+        """Starts the engine.
+
+        Args:
+          assistant: the model; the caller closes it.
+          settings: see the class.
+          experts: whether the model may call experts, unless a request says no.
+
+        Raises:
+          UserError: experts are on, but there are no cards or no results of experts.
+        """
+        if experts:
+            assistant.start_experts()
+        self.assistant, self.settings, self.experts = assistant, settings, experts
+        self.started = int(time.time())
+        self.engine = Engine(assistant.generator, queue=settings.queue)
+        self.store = FileStore(
+            seconds=settings.file_seconds, max_bytes=settings.max_upload, space=settings.upload_space
+        )
+        self.metrics = Metrics(
+            lambda: self.load, lambda: len(self.store), [card.name for card in assistant.cards]
+        )
+        self._decoder = DecoderProcess(memory_bytes=_DECODER_BYTES)
+        self.masks = MaskStore(seconds=settings.file_seconds)
+        self.viewer = Viewer(self.store, self._decoder, assistant.generator.processor.preprocessing)
+        self._reading = self._viewing = 0
+        # Of their own, so that slow files do not keep other requests from being checked.
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="vilam3-reader")
+        self._viewers = ThreadPoolExecutor(_VIEWERS, thread_name_prefix="vilam3-viewer")
+
+    @property
+    def load(self) -> int:
+        """Requests that wait, read their images, or are answered."""
+        return self._reading + self.engine.load
+
+    @property
+    def max_length(self) -> int:
+        """Positions of a dialogue."""
+        return self.assistant.generator.max_length
+
+    async def answer(
+        self, check: Callable[[], Ask], owner: str, *, stream: bool
+    ) -> AsyncGenerator[Step | Answer, None]:
+        """Answers a request; yields steps (only if `stream`), and at last the answer.
+
+        `check` reads the request and is called in a thread. Raises its errors, and those of
+        `answers.answer`; `BusyError` and `DeadlineError` also before the model is asked.
+        """
+        until = time.monotonic() + self.settings.deadline
+        with contextlib.ExitStack() as keep:
+            with self._admitted():
+                try:
+                    async with asyncio.timeout(self.settings.deadline):
+                        ask = await asyncio.to_thread(check)
+                        dialogue = await asyncio.get_running_loop().run_in_executor(
+                            self._readers,
+                            functools.partial(
+                                inputs.read,
+                                ask.said,
+                                assistant=self.assistant,
+                                store=self.store,
+                                decoder=self._decoder,
+                                owner=owner,
+                                keep=keep,
+                            ),
+                        )
+                except TimeoutError:
+                    raise DeadlineError(LATE) from None
+            left = max(until - time.monotonic(), 0.0)
+            happening = answer(
+                ask,
+                dialogue,
+                self.assistant,
+                self.engine,
+                seconds=left,
+                stream=stream,
+                clean=self.store.without_paths,
+                keep=functools.partial(self.masks.add, owner=owner) if ask.options.masks else None,
+            )
+            async with contextlib.aclosing(happening):
+                async for item in happening:
+                    if isinstance(item, Answer):
+                        self.metrics.answer(item)
+                    yield item
+
+    async def view(self, work: Callable[[], T]) -> T:
+        """Runs what the page shows in a thread.
+
+        Raises `BusyError` if too much waits, and what `work` raises.
+        """
+        if self._viewing >= _MAX_VIEWS:
+            raise BusyError("too many slices are being shown; try again in a few seconds")
+        self._viewing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._viewers, work)
+        finally:
+            self._viewing -= 1
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Counts a request before the engine does; refuses it if the queue is full."""
+        if self.load >= self.settings.queue:
+            raise BusyError("the server is busy; try again in a few seconds")
+        self._reading += 1
+        try:
+            yield
+        finally:
+            self._reading -= 1
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ApiError` (404) for another model than this server's."""
+        if name is not None and name != self.settings.model:
+            raise ApiError(
+                404, f"no such model; this server has {self.settings.model}", "model_not_found", param="model"
+            )
+
+    async def sweep(self) -> None:
+        """Deletes expired files, for ever."""
+        while True:
+            await asyncio.sleep(min(_SWEEP_SECONDS, self.settings.file_seconds / 2))
+            await asyncio.to_thread(self.store.sweep)
+            self.masks.sweep()
+
+    def close(self) -> None:
+        """Waits for answers in progress, then stops the engine and deletes the files."""
+        self.engine.close(seconds=self.settings.drain)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._viewers.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
+        self.store.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -9,6 +9,7 @@ const FILM = ["CR", "DX", "RG", "PX"];
 let viewer = null;
 let dialogue = null;
 let questions = {};
+let starting = null; // an upload waits for it
 
 function problem(message, status = 0) {
   $("problem").textContent = message;
@@ -68,7 +69,12 @@ function changed() {
 }
 
 async function open(file) {
-  if (!viewer) return;
+  await starting;
+  if (!viewer) {
+    $("file").value = "";
+    if (!$("key-form").hidden) problem("Enter the API key first.");
+    return;
+  }
   problem("");
   $("file").disabled = true;
   const before = viewer.file;
@@ -99,7 +105,7 @@ function listen() {
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     useKey($("key").value);
-    start();
+    starting = start();
   });
   $("file").addEventListener("change", () => $("file").files[0] && open($("file").files[0]));
   let inside = 0; // the events of children bubble
@@ -120,4 +126,4 @@ function listen() {
 }
 
 listen();
-start();
+starting = start();

@@ -95,15 +95,17 @@ def test_the_page_is_open_and_its_data_are_not(assistant):
             refused(stranger.get(f"/v1/{path}"), "API key", status=401)
 
 
-def test_a_volume_is_described(http, volume):
+def test_a_volume_is_described(http, volume, world):
     found = http.get(f"/v1/files/{volume}/view").json()
     assert found["kind"] == "volume" and found["shape"] == [24, 20, 16] and found["plane"] == "axial"
     assert found["planes"]["coronal"] == {
         "slices": 20, "width": 24, "height": 16, "width_mm": 48.0, "height_mm": 48.0
     }  # fmt: skip
     assert found["modality"] == "unknown" and found["windows"] == {}
+    assert found["range"] == list(load_volume(world.volume).limits)
     stated = http.get(f"/v1/files/{volume}/view", params={"modality": "CT"}).json()
     assert stated["windows"]["lung"] == [-600, 1500] and stated["display"] == "window 50, 400"
+    assert stated["range"] == [-150, 250]
     assert "/" not in "".join(found["notes"])
 
 

@@ -125,6 +125,7 @@ class Viewer:
             "plane": self._plane(shown),
             "planes": {name: _plane_size(shown, axis) for name, axis in AXES.items()},
             "display": self._preprocessing.describe(shown),
+            "range": self._range(shown),
             "windows": windows if shown.modality == "CT" else {},
             "notes": list(notes),
         }
@@ -155,6 +156,13 @@ class Viewer:
         """The plane of a single-slice volume, else that of the model, as `open_image` chooses."""
         thin = [name for name, axis in AXES.items() if volume.voxels.shape[axis] == 1]
         return thin[0] if len(thin) == 1 else self._preprocessing.plane
+
+    def _range(self, volume: Volume) -> tuple[float, float]:
+        """The values that the model sees as black and white; of its first window if it has several."""
+        if windows := self._preprocessing.windows(volume):
+            centre, width = windows[0]
+            return centre - width / 2, centre + width / 2
+        return volume.percentile_limits(self._preprocessing.percentiles)
 
     def _read(self, stored: StoredFile, modality: str | None) -> Volume | LoadedImage:
         """The file, from memory if it was shown before."""

@@ -3,37 +3,54 @@
 import { request } from "./api.js";
 
 let viewer = null;
-let shown = "";
+let shown = { file: null, mask: null };
+let drawing = Promise.resolve();
 
-export async function draw(canvas, file, mask) {
-  const { Niivue } = await import("./vendor/niivue.js");
+// One drawing at a time: NiiVue's list of volumes must not change meanwhile.
+export function draw(...what) {
+  drawing = drawing.catch(() => {}).then(() => drawNow(...what));
+  return drawing;
+}
+
+async function load(path, name) {
+  const response = await request(path);
+  await viewer.loadFromArrayBuffer(await response.arrayBuffer(), name);
+}
+
+async function drawNow(canvas, file, [low, high], mask, opacity) {
   if (!viewer) {
-    viewer = new Niivue({ backColor: [0, 0, 0, 1], isRadiologicalConvention: true, dragAndDropEnabled: false, logLevel: "error" });
+    const { Niivue } = await import("./vendor/niivue.js");
+    viewer = new Niivue({
+      backColor: [0, 0, 0, 1],
+      isRadiologicalConvention: true,
+      dragAndDropEnabled: false,
+      logLevel: "error",
+    });
     await viewer.attachToCanvas(canvas);
+    viewer.setMultiplanarLayout(2);
+    viewer.setSliceType(viewer.sliceTypeMultiplanar);
   }
-  const wanted = `${file} ${mask?.id ?? ""}`;
-  if (wanted === shown) return;
-  shown = "";
-  for (const volume of [...viewer.volumes]) viewer.removeVolume(volume);
-  const volume = await request(`/v1/files/${file}/volume`);
-  await viewer.loadFromArrayBuffer(await volume.arrayBuffer(), "volume.nii");
-  if (mask) {
-    const labels = await request(`/v1/masks/${mask.id}`);
-    await viewer.loadFromArrayBuffer(await labels.arrayBuffer(), "mask.nii.gz");
-    const colours = mask.labels.map((label) => [1, 3, 5].map((place) => parseInt(label.colour.slice(place, place + 2), 16)));
-    const channel = (number) => [0, ...colours.map((colour) => colour[number])];
+  if (file !== shown.file || (shown.mask && mask?.id !== shown.mask)) {
+    shown = { file: null, mask: null };
+    for (const volume of [...viewer.volumes].reverse()) viewer.removeVolume(volume);
+    await load(`/v1/files/${file}/volume`, "volume.nii");
+    shown.file = file;
+  }
+  if (mask && mask.id !== shown.mask) {
+    await load(`/v1/masks/${mask.id}`, "mask.nii.gz");
+    const part = (at) => [0, ...mask.labels.map(({ colour }) => parseInt(colour.slice(at, at + 2), 16))];
     viewer.volumes[1].setColormapLabel({
-      R: channel(0),
-      G: channel(1),
-      B: channel(2),
-      A: [0, ...colours.map(() => 140)],
+      R: part(1),
+      G: part(3),
+      B: part(5),
+      A: [0, ...mask.labels.map(() => 255)],
       I: [0, ...mask.labels.map((label) => label.id)],
       labels: ["", ...mask.labels.map((label) => label.name)],
     });
-    viewer.updateGLVolume();
+    shown.mask = mask.id;
   }
-  viewer.setMultiplanarLayout(2);
-  viewer.setSliceType(viewer.sliceTypeMultiplanar);
-  shown = wanted;
+  [viewer.volumes[0].cal_min, viewer.volumes[0].cal_max] = [low, high];
+  if (mask) viewer.volumes[1].opacity = opacity;
+  viewer.updateGLVolume();
   canvas.dataset.shown = mask ? "volume mask" : "volume";
 }

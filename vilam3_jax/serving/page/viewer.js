@@ -111,10 +111,10 @@ export class Viewer {
       radio.addEventListener("change", () => this.choose3d(radio.value === "niivue"));
     }
     $("index").addEventListener("input", () => this.move(Number($("index").value)));
-    $("window").addEventListener("change", () => this.show());
+    $("window").addEventListener("change", () => this.redraw());
     $("modality").addEventListener("change", () => this.state());
-    $("mask-on").addEventListener("change", () => this.show());
-    $("opacity").addEventListener("input", () => this.show());
+    $("mask-on").addEventListener("change", () => this.redraw());
+    $("opacity").addEventListener("input", () => this.redraw());
     $("largest").addEventListener("click", () => this.move(this.mask.largest[this.plane]));
     $("save-overlay").addEventListener("click", () => this.saveOverlay());
     $("save-mask").addEventListener("click", () => this.saveMask());
@@ -168,7 +168,7 @@ export class Viewer {
       $("modality").value = "";
       this.onError(error.message);
     }
-    await this.show();
+    await this.redraw();
   }
 
   sliceUrl(index) {
@@ -269,6 +269,10 @@ export class Viewer {
     $("mask-on").checked = true;
     $("mask-title").textContent = `Mask of ${expert}`;
     $("legend").replaceChildren(...legend(mask));
+    await this.redraw();
+  }
+
+  async redraw() {
     await this.show();
     if (this.in3d) await this.draw3d();
   }
@@ -300,14 +304,21 @@ export class Viewer {
     for (const id of ["stage", "slider", "keys"]) $(id).hidden = this.in3d || !this.isVolume;
     $("stage").hidden = this.in3d;
     $("planes").hidden = this.in3d || !this.isVolume;
-    $("niivue").hidden = !this.in3d;
+    $("niivue-box").hidden = !this.in3d;
     if (this.in3d) await this.draw3d();
+  }
+
+  // The values that are black and white.
+  get range() {
+    const window = this.info.windows[$("window").value];
+    return window ? [window[0] - window[1] / 2, window[0] + window[1] / 2] : this.info.range;
   }
 
   async draw3d() {
     try {
       const { draw } = await import("./niivue.js");
-      await draw($("niivue"), this.file, this.mask);
+      const mask = $("mask-on").checked ? this.mask : null;
+      await draw($("niivue"), this.file, this.range, mask, Number($("opacity").value) / 100);
       this.onError("");
     } catch (error) {
       this.onError(`The 3-D viewer does not start: ${error.message}`);

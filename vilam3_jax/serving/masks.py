@@ -162,9 +162,7 @@ def _legend(annotation: Annotation, labels: np.ndarray) -> Iterator[dict[str, An
     )
     size = max(volumes, default=0) + 1
     # By planes: counting converts to 8 bytes a voxel.
-    voxels = np.zeros(size, np.int64)
-    for plane in labels:
-        voxels += np.bincount(plane.ravel(), minlength=size)[:size]
+    voxels = np.sum([np.bincount(plane.ravel(), minlength=size)[:size] for plane in labels], axis=0)
     for place, label in enumerate(_ids(annotation)):
         yield {
             "id": label,

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.serving.conftest import KEY, serve
 from tests.serving.test_bad_requests import refused
+from tests.serving.test_files import series, zipped
 from vilam3_jax.data.experts.record import Annotation, LabelMap, Segment, failed
 from vilam3_jax.data.preprocessing import Preprocessing
 from vilam3_jax.data.volumes import AXES, load_volume
@@ -189,6 +190,21 @@ def test_files_of_others_and_damaged_ones(http, world, tmp_path):
     name = uploaded(http, damaged)
     refused(http.get(f"/v1/files/{name}/view"))
     refused(http.get(f"/v1/files/{name}/slice"))
+
+
+def test_a_zip_of_a_series_is_shown(http):
+    data = zipped(series()).getvalue()
+    name = http.post("/v1/files", files={"file": ("ct.zip", data)}).json()["id"]
+    found = http.get(f"/v1/files/{name}/view").json()
+    assert found["kind"] == "volume" and found["modality"] == "CT" and found["shape"][2] == 4
+    assert set(found["windows"]) == {"brain", "lung", "abdomen", "bone", "minmax"}
+    height, width = found["shape"][1], found["shape"][0]
+    assert pixels(http.get(f"/v1/files/{name}/slice", params={"index": 3})).shape == (height, width, 3)
+    refused(http.get(f"/v1/files/{name}/view", params={"modality": "MR"}), "declared as MR")
+    first = next(series())[1]
+    name = http.post("/v1/files", files={"file": ("one.dcm", first)}).json()["id"]
+    assert http.get(f"/v1/files/{name}/view").json()["kind"] in ("volume", "image")
+    assert pixels(http.get(f"/v1/files/{name}/slice")).ndim == 3
 
 
 def test_a_volume_for_the_browser(http, volume, world):

@@ -14,7 +14,7 @@ from vilam3_jax.datasets.package_index import IndexSettings, Member
 from vilam3_jax.datasets.samples import default_cache
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent
-from vilam3_jax.serving import fetch_page
+from vilam3_jax.serving import app, fetch_page
 from vilam3_jax.serving.app import PAGE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -178,9 +178,12 @@ def test_a_ct_is_looked_at_and_asked_about(asked):
         assert download.value.suggested_filename == name and download.value.path().stat().st_size > 100
 
 
-def test_slices_by_keys_wheel_and_slider(open_page, world):
+def test_slices_by_keys_wheel_and_slider(open_page, world, monkeypatch):
+    monkeypatch.setattr(app, "NIIVUE", "nowhere.js")
     page = open_page()
     upload(page, world.volume, "axial slice 8")
+    assert "NiiVue is not installed" in page.locator("#facts").inner_text()
+    assert not page.locator("#view").is_visible()
     assert not page.locator("#window").is_visible(), "windows are for CT"
     page.get_by_label("Modality").select_option("CT")
     page.locator("#window").select_option("lung")

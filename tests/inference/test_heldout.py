@@ -143,7 +143,7 @@ def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, s
     )
     prefill, given = answers._generator._prefill, []
     monkeypatch.setattr(
-        answers._generator, "_prefill", lambda *args: (given.append(args[5:9]), prefill(*args))[1]
+        answers._generator, "_prefill", lambda *args: (given.append(args[4:8]), prefill(*args))[1]
     )
     rows, values = answers(sharded)
     shown = [question.prompt.images[0].tobytes() for question in answers.questions]

@@ -24,8 +24,8 @@ def demo():
 
 @pytest.fixture
 def runs(demo, tmp_path):
-    """An unbroken run of two processes, and one that resumed at step 10 with one."""
-    for name, processes, first in (("unbroken", 2, 1), ("resumed", 1, 11)):
+    """An unbroken run of two processes, and one that resumed at step 4 with one."""
+    for name, processes, first in (("unbroken", 2, 1), ("resumed", 1, 5)):
         folder = tmp_path / name
         folder.mkdir()
         rows = [{"step": step, "loss": 1 / step} for step in range(1, demo.STEPS + 1)]
@@ -39,22 +39,22 @@ def runs(demo, tmp_path):
 
 
 def test_equal_runs_are_the_same(demo, runs, capsys):
-    assert demo.compare(runs, "resumed", 10, 0.0)
-    assert "all 40 are those of the unbroken run" in capsys.readouterr().out
+    assert demo.compare(runs, "resumed", 4, 0.0)
+    assert "all 16 are those of the unbroken run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("file", "before", "after"),
     [
-        ("samples_of_process_0.jsonl", "20a", "21a"),
-        ("metrics.jsonl", '"step": 20, "loss": 0.05', '"step": 20, "loss": 0.0501'),
+        ("samples_of_process_0.jsonl", "10a", "11b"),
+        ("metrics.jsonl", '"step": 10, "loss": 0.1', '"step": 10, "loss": 0.1001'),
     ],
 )
 def test_a_difference_is_noticed(demo, runs, capsys, file, before, after):
     path = runs / "resumed" / file
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after))
-    assert not demo.compare(runs, "resumed", 10, demo.TOLERANCE)
+    assert not demo.compare(runs, "resumed", 4, demo.TOLERANCE)
     assert "DIFFER" in capsys.readouterr().out
 
 

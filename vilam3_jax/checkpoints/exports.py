@@ -494,7 +494,7 @@ def load_export(
     Args:
       export: export folder.
       sharding: of every parameter; by default the first device.
-      mesh: splits the parameters by the rules of their families instead; matrices are `Weight`s then.
+      mesh: splits the parameters by the rules of their families instead; every matrix is a `Weight` then.
       dtype: type of parameters and activations, by default that of the export.
 
     Returns:

@@ -14,6 +14,7 @@ from vilam3_jax.inference.agent import load_generator
 from vilam3_jax.inference.batching import Batcher, Turn, Wait
 from vilam3_jax.inference.generate import Chunk, Generator
 from vilam3_jax.inference.sampling import GREEDY, Sampling
+from vilam3_jax.models import param_paths
 
 
 @pytest.fixture(scope="module")
@@ -214,21 +215,22 @@ def test_one_dialogue_that_fails_or_leaves_harms_no_other(generator, tokenizer):
     assert len({str(bits(future.result())) for future in futures}) == 1
 
 
-def test_a_model_that_is_not_finite_says_where(generator, model_config, params, tokenizer):
-    flat, tree = jax.tree.flatten_with_path(params)
-    broken = jax.tree.unflatten(
-        tree,
-        [
-            leaf.at[1].set(np.nan) if "layers" in (name := jax.tree_util.keystr(path)) and "'llm'" in name
-            and "mlp" in name and "norm" not in name and leaf.ndim > 2 else leaf
-            for path, leaf in flat
-        ],
-    )  # fmt: skip
-    own = Generator(model_config, broken, tokenizer, max_length=300, batch_size=2)
+@pytest.mark.parametrize(
+    ("layer", "where"),
+    [
+        (0, "the output of layer 0 of the LLM at position 0"),
+        (-1, "check the last layer and the head"),
+    ],
+)
+def test_a_model_that_is_not_finite_says_where(model_config, params, tokenizer, layer, where):
+    flat = param_paths.flatten(params)
+    path = "llm/layers/mlp/down/kernel"
+    broken = {**flat, path: flat[path].at[layer].set(np.nan)}
+    own = Generator(model_config, param_paths.unflatten(broken), tokenizer, max_length=300, batch_size=2)
     session = own.start(1)
     session.append([text(9, 0, tokenizer)])
     (decoded,) = session.decode(5, [])
-    assert decoded.ids == [] and "logits are not finite" in decoded.error
+    assert decoded.ids == [] and "logits are not finite" in decoded.error and where in decoded.error
 
 
 def test_scores_are_those_of_the_whole_text(generator, tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from tests.serving.conftest import KEY, serve
 from tests.serving.test_page import calls_organs  # noqa: F401
 from vilam3_jax.datasets import package_index
-from vilam3_jax.datasets.package_index import IndexSettings, Member
+from vilam3_jax.datasets.package_index import Member
 from vilam3_jax.datasets.samples import default_cache
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent
@@ -270,11 +271,11 @@ def axe():
     archive = default_cache() / "axe-core-4.11.0.tgz"
     archive.parent.mkdir(parents=True, exist_ok=True)
     if not archive.exists():
-        url = f"{fetch_page.npm_registry()}/axe-core/-/{archive.name}"
         try:
-            package_index.download(url, archive, AXE_SHA256, IndexSettings((), None))
+            fetch_page.pack("axe-core", "4.11.0", archive.parent)
         except UserError as error:
             pytest.skip(f"axe-core cannot be fetched: {error}")
+    assert hashlib.sha256(archive.read_bytes()).hexdigest() == AXE_SHA256
     ((_, source),) = package_index.read_members(archive, [AXE])
     return source.decode()
 

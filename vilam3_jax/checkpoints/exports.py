@@ -494,7 +494,8 @@ def load_export(
     Args:
       export: export folder.
       sharding: of every parameter; by default the first device.
-      mesh: splits the parameters by the rules of their families instead; every matrix is a `Weight` then.
+      mesh: if given, parameters are sharded by the rules of their model family, and every matrix is wrapped
+        in a `Weight`.
       dtype: type of parameters and activations, by default that of the export.
 
     Returns:

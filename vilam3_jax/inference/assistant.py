@@ -403,9 +403,9 @@ def host_command(setting: str, *, required: bool) -> list[str]:
 
 
 def _check_grid(scans: Sequence[Scan]) -> None:
-    """Raises UserError if there is no scan, or if they show different slices."""
+    """Raises UserError if there are no scans, or if the scans show different slices."""
     if not scans:
-        raise UserError("there is no image; give one, or a dict of roles")
+        raise UserError("no image was given; pass an image, or a dict from role to image")
     first = scans[0]
     for scan in scans:
         shown = (scan.axis, scan.index, [index for index, _ in scan.slices])

@@ -76,7 +76,7 @@ Script = Coroutine[Turn | Wait, Any, T]
 
 
 class _Dialogue:
-    """A script with its place: a row of a pool, a session of its own, or none yet."""
+    """A script and where its cache is: in a row of a pool, in a separate session, or nowhere yet."""
 
     def __init__(self, script: Script[Any]):
         self.script = script

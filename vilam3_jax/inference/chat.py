@@ -104,7 +104,7 @@ class _Session:
             self._chat.set(experts=value == "on")
         elif name == "save" and value:
             if not self._chat.replies:
-                raise UserError("there is no answer to save yet; ask something")
+                raise UserError("/save: nothing has been answered yet; ask a question first")
             save(self._chat.replies[-1], value)
         elif name == "help":
             print(_HELP)

@@ -13,23 +13,21 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.packing import NO_GRID
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.sampling import GREEDY, RowSampling, Sampling, choose
+from vilam3_jax.inference import programs
+from vilam3_jax.inference.sampling import GREEDY, RowSampling, Sampling
 from vilam3_jax.models import build
 from vilam3_jax.models.model_config import resolve
-from vilam3_jax.sharding import logical_axes
-from vilam3_jax.sharding.weights import as_weight
 
 _MIN_CHUNK = 16
 _MIN_CACHE = 256
@@ -170,17 +168,18 @@ class Generator:
         graphdef, _ = build.abstract_model(model, "generative")
         self.tokens_per_image = model.tokens_per_image
         self._rows, self.parts = rows, 1 if rows is None else row_parts(rows)
-        state, whole = _shardings(rows, mesh, model.llm.num_kv_heads)
-        inside = functools.partial(_inside, mesh)
+        state, whole = programs.shardings(rows, mesh, model.llm.num_kv_heads)
+        inside = functools.partial(programs.inside, mesh)
         self.vocab_size = min(tokenizer.vocab_size, model.llm.vocab_size)
-        start = functools.partial(_start, graphdef, self.vocab_size)
+        start = functools.partial(programs.start, graphdef)
         self._start = jax.jit(start, static_argnums=(1, 2), out_shardings=state)
-        self._repeat = jax.jit(_repeat, static_argnums=1, out_shardings=state if rows is None else None)
-        self._lengthen = jax.jit(_lengthen, static_argnums=1, out_shardings=state)
-        self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=state)
-        self._extract = jax.jit(_extract, out_shardings=state if rows is None else None)
+        one_row = state if rows is None else None  # a single row cannot be split
+        self._repeat = jax.jit(programs.repeat, static_argnums=1, out_shardings=one_row)
+        self._lengthen = jax.jit(programs.lengthen, static_argnums=1, out_shardings=state)
+        self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=state)
+        self._extract = jax.jit(programs.extract, out_shardings=one_row)
         self._prefill = jax.jit(
-            inside(functools.partial(_prefill, graphdef, self.vocab_size)),
+            inside(functools.partial(programs.prefill, graphdef, self.vocab_size)),
             donate_argnums=1,
             out_shardings=state,
         )
@@ -188,10 +187,10 @@ class Generator:
             inside(lambda params, *args: build.merge(graphdef, params).embed(*args)), out_shardings=whole
         )
         self._score = jax.jit(
-            inside(functools.partial(_score, graphdef, self.vocab_size)), out_shardings=whole
+            inside(functools.partial(programs.score, graphdef, self.vocab_size)), out_shardings=whole
         )
         self._decode = jax.jit(
-            inside(functools.partial(_decode, graphdef, self.vocab_size)),
+            inside(functools.partial(programs.decode, graphdef, self.vocab_size)),
             donate_argnums=1,
             static_argnames="size",
             out_shardings=(state, whole),
@@ -274,7 +273,7 @@ class Session:
         self._batch = min(_round_up(rows, 1), generator.batch_size)
         self._fixed = size is not None
         self._size = 0
-        self._state: State | None = None
+        self._state: programs.State | None = None
         if size is not None:
             self._allocate(size)
 
@@ -387,7 +386,7 @@ class Session:
         return [self._decoded(row, out) for row in range(self.rows)]
 
     def _stops(self, given: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray:
-        """Int32 [rows, 8] stop tokens; -1 is none."""
+        """Stop tokens of each row, int32 [rows, 8], padded with -1."""
         if given and isinstance(given[0], Sequence):
             rows = [list(one) for one in given if isinstance(one, Sequence)]
         else:
@@ -396,7 +395,7 @@ class Session:
             raise ValueError(f"stop ids {given}: at most {_STOP_SLOTS}, for all rows or for each")
         return np.asarray([row + [-1] * (_STOP_SLOTS - len(row)) for row in rows], np.int32)
 
-    def _decoded(self, row: int, out: Generated) -> Decoded:
+    def _decoded(self, row: int, out: programs.Generated) -> Decoded:
         count = out.counts[row]
         error = "" if out.finite[row] else self._first_not_finite(row)
         ids = out.ids[row, :count].tolist()
@@ -408,7 +407,7 @@ class Session:
         bad = [~np.isfinite(np.asarray(x, np.float32)[:, 0, : self.lengths[row]]) for x in cache.values()]
         by_layer = np.any(bad, axis=(0, 3, 4))  # [layers, positions]
         if not by_layer.any():
-            return "the logits are not finite, although all keys and values of the layers are; check the head"
+            return "the logits are not finite, unlike all keys and values; check the last layer and the head"
         position = int(by_layer.any(axis=0).argmax())
         layer = int(by_layer[:, position].argmax())
         where = "the embedding of the input" if layer == 0 else f"the output of layer {layer - 1} of the LLM"
@@ -432,7 +431,7 @@ class Session:
             single._state, single._size = self._generator._lengthen(single._state, size), size
         return single
 
-    def _copy(self, row: int) -> State:
+    def _copy(self, row: int) -> programs.State:
         return self._generator._extract(self._state, np.int32(row))
 
     def rewind(self, row: int, length: int) -> None:
@@ -560,205 +559,3 @@ def _image_arrays(parts: Sequence[_ImageSlots], visual: np.ndarray) -> tuple[np.
             tiles[group, slot] = tile
     valid = np.arange(slots[1]) < np.asarray(counts)[:, None]
     return visual, images, valid, tiles if parts[0].tiled else None
-
-
-def _shardings(rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int) -> tuple[Any, Any]:
-    """Shardings of the state of a session, and of outputs that every process reads."""
-    mesh = rows.mesh if rows is not None else mesh  # type: ignore[assignment]
-    if mesh is None:
-        return None, None
-    of_rows = PartitionSpec() if rows is None else rows.spec
-    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
-    batch = of_rows[0] if len(of_rows) else None
-    cached = NamedSharding(mesh, PartitionSpec(None, batch, None, heads))  # [layers, rows, size, heads, ...]
-    each = NamedSharding(mesh, of_rows)
-    return State({"k": cached, "v": cached}, each, each), NamedSharding(mesh, PartitionSpec())
-
-
-def _inside(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Traces a function with activations split over `tensor`; without a mesh, in the caller's context."""
-    if mesh is None:
-        return function
-
-    @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> Any:
-        with logical_axes.activation_rules(mesh, {**logical_axes.ACTIVATION_RULES, "length": None}):
-            return function(*args, **options)
-
-    return run
-
-
-class State(NamedTuple):
-    """What a session holds on the devices.
-
-    Attributes:
-      cache: k and v, each [layers, B, size, kv heads, head dim].
-      logits: float32 [B, V'], of the next token; -inf for ids outside the tokenizer's vocabulary.
-      held: bool [B, V'], tokens of the dialogue so far.
-    """
-
-    cache: Any
-    logits: Any
-    held: Any
-
-
-class Generated(NamedTuple):
-    """The output of `_decode`: ids and log_probs [B, size]; counts, stopped and finite [B]."""
-
-    ids: Any
-    log_probs: Any
-    counts: Any
-    stopped: Any
-    finite: Any
-
-
-def _start(graphdef: Any, vocab_size: int, params: Any, rows: int, size: int) -> State:
-    """An empty cache."""
-    del vocab_size
-    llm = build.merge(graphdef, params).llm
-    vocab = as_weight(llm.head_kernel()).value.shape[1]
-    return State(
-        llm.init_cache(rows, size), jnp.zeros((rows, vocab), jnp.float32), jnp.zeros((rows, vocab), bool)
-    )
-
-
-def _repeat(state: State, rows: int) -> State:
-    """Repeats the only row `rows` times."""
-    cache = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=1), state.cache)
-    return State(cache, jnp.repeat(state.logits, rows, axis=0), jnp.repeat(state.held, rows, axis=0))
-
-
-def _lengthen(state: State, size: int) -> State:
-    """Pads the cache to `size` positions."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0)))
-
-    return state._replace(cache=jax.tree.map(pad, state.cache))
-
-
-def _insert(state: State, single: State, row: jax.Array) -> State:
-    """Overwrites a row with the only row of `single`, whose cache may be shorter."""
-
-    def put(whole: jax.Array, part: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice(whole, part, [row if i == axis else 0 for i in range(whole.ndim)])
-
-    cache = jax.tree.map(lambda whole, part: put(whole, part, 1), state.cache, single.cache)
-    return State(cache, put(state.logits, single.logits, 0), put(state.held, single.held, 0))
-
-
-def _extract(state: State, row: jax.Array) -> State:
-    """A state of one row."""
-    cache = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1), state.cache)
-    return State(cache, *(jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (state.logits, state.held)))
-
-
-def _next_logits(model: Any, hidden: jax.Array, vocab_size: int) -> jax.Array:
-    """Float32 [..., V] of hidden [..., D]; -inf for ids outside the tokenizer's vocabulary."""
-    logits = model.llm.logits(hidden)
-    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-
-
-def _prefill(
-    graphdef: Any, vocab_size: int, params: Any, state: State, lengths: jax.Array, sizes: jax.Array,
-    tokens: jax.Array, visual: jax.Array | None, images: jax.Array | None, image_valid: jax.Array | None,
-    image_tiles: jax.Array | None,
-) -> State:  # fmt: skip
-    """Appends a padded chunk to the cache; rows with size 0 keep their logits."""
-    model = build.merge(graphdef, params)
-    embeds = model.embed(tokens, images, image_valid, visual, image_tiles)
-    steps = jnp.arange(tokens.shape[1])[None]
-    hidden, cache = model.llm.forward_cached(embeds, lengths[:, None] + steps, state.cache, lengths)
-    last = jnp.take_along_axis(hidden, jnp.maximum(sizes - 1, 0)[:, None, None], axis=1)[:, 0]
-    logits = jnp.where((sizes > 0)[:, None], _next_logits(model, last, vocab_size), state.logits)
-    is_text = steps < sizes[:, None] if visual is None else (steps < sizes[:, None]) & (visual < 0)
-    # A row without positions is a new dialogue.
-    held = state.held & (lengths > 0)[:, None]
-    return State(cache, logits, _hold(held, jnp.where(is_text, tokens, held.shape[1])))
-
-
-def _hold(held: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Adds tokens [B, n] to the set of each row; ids beyond the vocabulary are none."""
-    return held.at[jnp.arange(held.shape[0])[:, None], tokens].set(True, mode="drop")
-
-
-def _score(
-    graphdef: Any, vocab_size: int, params: Any, state: State, lengths: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """Float32 [B, L] log-probabilities of tokens [B, L] that follow the rows."""
-    model = build.merge(graphdef, params)
-    positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-    hidden, _ = model.llm.forward_cached(model.embed(tokens), positions, state.cache, lengths)
-    after = _next_logits(model, hidden[:, :-1], vocab_size)
-    logits = jnp.concatenate([state.logits[:, None], after], axis=1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _decode(
-    graphdef: Any, vocab_size: int, params: Any, state: State, lengths: jax.Array, active: jax.Array,
-    limits: jax.Array, sampling: RowSampling, allowed: jax.Array | None, stops: jax.Array, room: jax.Array,
-    until: jax.Array, *, size: int,
-) -> tuple[State, Generated]:  # fmt: skip
-    """The decoding loop on the device, until every row is done, or `until` active ones are.
-
-    A row that is done keeps its length; later cache entries beyond that length are overwritten.
-    """
-    model = build.merge(graphdef, params)
-    start = lengths
-
-    def pick(logits: jax.Array, held: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
-        """The next token, its log-probability, whether it is a stop, and whether the logits are finite."""
-        if allowed is not None:
-            outside = jnp.zeros((logits.shape[0], logits.shape[1] - vocab_size), bool)
-            within = jnp.concatenate([allowed[:, :vocab_size], outside], axis=1)
-            logits = jnp.where(within, logits, -jnp.inf)
-        token, log_prob = choose(logits, held, lengths, sampling)
-        highest = logits.max(axis=-1)  # NaN if one is NaN
-        return token, log_prob, (token[:, None] == stops).any(axis=1), jnp.isfinite(highest)
-
-    def finished(lengths: jax.Array, stop: jax.Array, finite: jax.Array) -> jax.Array:
-        return stop | ~finite | (lengths >= room) | (lengths - start >= limits)
-
-    def unfinished(loop: dict[str, Any]) -> jax.Array:
-        done = loop["done"]
-        return ~done.all() & ((done & active).sum() < until)
-
-    def advance(loop: dict[str, Any]) -> dict[str, Any]:
-        running, lengths, state = ~loop["done"], loop["lengths"], loop["state"]
-        token, rows = loop["token"], jnp.arange(loop["token"].shape[0])
-        place = jnp.where(running, lengths - start, size)
-        hidden, cache = model.llm.forward_cached(
-            model.embed(token[:, None]), lengths[:, None], state.cache, lengths
-        )
-        logits = jnp.where(running[:, None], _next_logits(model, hidden[:, 0], vocab_size), state.logits)
-        held = _hold(state.held, jnp.where(running, token, state.held.shape[1])[:, None])
-        lengths = lengths + running
-        following, log_prob, stop, finite = pick(logits, held, lengths)
-        return {
-            "token": following,
-            "log_prob": log_prob,
-            "stopped": loop["stopped"] | (running & stop),
-            "finite": loop["finite"] & (finite | ~running),
-            "done": loop["done"] | finished(lengths, stop, finite),
-            "lengths": lengths,
-            "ids": loop["ids"].at[rows, place].set(token, mode="drop"),
-            "log_probs": loop["log_probs"].at[rows, place].set(loop["log_prob"], mode="drop"),
-            "state": State(cache, logits, held),
-        }
-
-    token, log_prob, stop, finite = pick(state.logits, state.held, lengths)
-    loop = {
-        "token": token,
-        "log_prob": log_prob,
-        "stopped": active & stop,
-        "finite": finite | ~active,
-        "done": ~active | finished(lengths, stop, finite),
-        "lengths": lengths,
-        "ids": jnp.zeros((lengths.shape[0], size), jnp.int32),
-        "log_probs": jnp.zeros((lengths.shape[0], size), jnp.float32),
-        "state": state,
-    }
-    loop = jax.lax.while_loop(unfinished, advance, loop)
-    out = (loop["ids"], loop["log_probs"], loop["lengths"] - start, loop["stopped"], loop["finite"])
-    return loop["state"], Generated(*out)

@@ -51,7 +51,7 @@ class _Request:
 
 
 class Engine:
-    """Runs scripts of a `Batcher` in a thread of its own; close it, or use it in a `with` statement."""
+    """Runs scripts of a `Batcher` in a dedicated thread; close it, or use it in a `with` statement."""
 
     def __init__(self, generator: Generator, *, queue: int = 64):
         """Starts the thread; `queue` is the number of requests that may wait or run."""

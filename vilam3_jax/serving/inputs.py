@@ -96,7 +96,7 @@ class Ask:
       options: see `Options`.
       max_new_tokens: limit of every turn of the model.
       sampling: of every turn.
-      stops: texts that end the answer, which they are no part of.
+      stops: texts that end the answer; they are not part of it.
       form: of the answer, or None.
       log_probs: whether the answer holds the log-probabilities of its tokens.
     """

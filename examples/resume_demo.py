@@ -2,7 +2,8 @@
 
 Trains a tiny model on a packed mixture with two processes, kills one of them, and resumes twice from the last
 checkpoint: with one process on another mesh, and with two processes on the same mesh. Samples and losses of
-every step are compared with those of a run that nothing interrupted. Exits with 1 if they differ.
+every step are compared with those of a run that nothing interrupted. Exits with 1 if they differ. Runs that do
+not depend on each other share the cores, because starting and compiling takes most of the time.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,16 +25,22 @@ from typing import Any
 
 import numpy as np
 
-STEPS, SAVED_EVERY, KILLED_AFTER = 12, 3, 5
+STEPS, SAVED_EVERY, KILLED_AFTER = 8, 4, 6
 TOLERANCE = 1e-5  # relative, of losses on another mesh: sums have another order there
 TWO_PROCESSES = {"mesh.fsdp": 2, "mesh.tensor": 1, "mesh.cpu_devices": 1}
 ONE_PROCESS = {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.cpu_devices": 4}
 PATIENCE = 600  # seconds
+FORKSERVER = multiprocessing.get_context("forkserver")
+LIBRARIES = ("orbax.checkpoint", "grain.python", "tokenizers", "transformers")
 SAMPLES = "samples_of_process_{}.jsonl"
 
 
-def worker(argv: list[str], notes: Path) -> int:
-    """`vilam3 train`, which writes a digest of every sample of a step to `notes`."""
+def worker(argv: list[str], notes: Path, log: Path) -> None:
+    """`vilam3 train` with its output in `log`; writes a digest of every sample of a step to `notes`."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
     from vilam3_jax import train
     from vilam3_jax.training.device_put import DevicePut
 
@@ -44,7 +51,7 @@ def worker(argv: list[str], notes: Path) -> int:
             return super().__call__(batch)
 
     train.DevicePut = Noting
-    return train.main(argv)
+    sys.exit(train.main(argv))
 
 
 def digests(batch: Any) -> Iterator[str]:
@@ -69,8 +76,9 @@ def make_world(root: Path) -> None:
     train_tokenizer.main(["--data", f"{root}/data", "--out", f"{root}/tokenizer", "--vocab_size=600"])
 
 
-def start(root: Path, name: str, processes: int, mesh: Mapping[str, int]) -> list[subprocess.Popen[bytes]]:
-    """Starts the processes of a run in `root/name`."""
+@contextlib.contextmanager
+def started(root: Path, name: str, processes: int, mesh: Mapping[str, int]) -> Iterator[list[Any]]:
+    """The processes of a run in `root/name`, which are killed at the end of the context."""
     settings = {
         **{"data.path": root / "data", "model.tokenizer": root / "tokenizer", "data.experts": "off"},
         **{"data.seq_len": 128, "data.global_rows": 8, "data.loader_shards": 8, "loss_chunk": 64},
@@ -83,32 +91,32 @@ def start(root: Path, name: str, processes: int, mesh: Mapping[str, int]) -> lis
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"--coordinator_address=localhost:{free.getsockname()[1]}"
-    environment = {
-        **os.environ,
-        **{"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"},
-        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     (root / name).mkdir(exist_ok=True)
     for notes in (root / name).glob(SAMPLES.format("*")):
         notes.unlink()
-    started = []
-    for number in range(processes):
-        own = [coordinator, f"--num_processes={processes}", f"--process_id={number}"] if processes > 1 else []
-        notes = root / name / SAMPLES.format(number)
-        with (root / f"{name}.{number}.log").open("w") as log:
-            command = [sys.executable, __file__, "--worker", str(notes), *argv, *own]
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    return started
-
-
-def finish(root: Path, name: str, running: list[subprocess.Popen[bytes]]) -> None:
-    """Waits for the end of a run."""
+    running = []
     try:
-        codes = [process.wait(timeout=PATIENCE) for process in running]
+        for number in range(processes):
+            own = [coordinator, f"--num_processes={processes}", f"--process_id={number}"]
+            arguments = (
+                [*argv, *(own if processes > 1 else [])],
+                root / name / SAMPLES.format(number),
+                root / f"{name}.{number}.log",
+            )
+            running.append(FORKSERVER.Process(target=worker, args=arguments))
+            running[-1].start()
+        yield running
     finally:
         for process in running:
             process.kill()
+
+
+def finish(root: Path, name: str, running: list[Any]) -> None:
+    """Waits for the end of a run."""
+    deadline = time.monotonic() + PATIENCE
+    for process in running:
+        process.join(max(0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in running]
     if set(codes) != {0}:
         said = (root / f"{name}.0.log").read_text()
         raise SystemExit(f"error: the run {name} ended with exit codes {codes}:\n{said}")
@@ -132,20 +140,18 @@ def samples(workdir: Path) -> list[list[str]]:
     return [sorted(d for line in lines for d in json.loads(line)) for lines in zip(*parts, strict=True)]
 
 
-def kill_one(root: Path, name: str, running: list[subprocess.Popen[bytes]]) -> None:
+def kill_one(root: Path, name: str, running: list[Any]) -> None:
     """Kills the second process after KILLED_AFTER steps; the first one must not go on alone."""
     deadline = time.monotonic() + PATIENCE
     while max(losses(root / name), default=0) < KILLED_AFTER:
-        if time.monotonic() > deadline or any(process.poll() is not None for process in running):
+        if time.monotonic() > deadline or any(process.exitcode is not None for process in running):
             raise SystemExit(f"error: the run {name} stopped early; see {root}/{name}.0.log")
         time.sleep(0.05)
     running[1].kill()
-    running[1].wait()
-    try:
-        running[0].wait(timeout=2)
-    except subprocess.TimeoutExpired:  # it waits for the other one until its own time limit
-        running[0].kill()
-        running[0].wait()
+    running[1].join()
+    running[0].join(2)
+    running[0].kill()  # it may still wait for the other one
+    running[0].join()
 
 
 def compare(root: Path, name: str, resumed: int, tolerance: float) -> bool:
@@ -170,33 +176,54 @@ def compare(root: Path, name: str, resumed: int, tolerance: float) -> bool:
     return same_samples and same_losses
 
 
+def preload(root: Path) -> None:
+    """Lets the processes of all runs start from one that has imported the libraries: half of a short run."""
+    os.environ |= {
+        **{"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"},
+        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # The killed process leaves its semaphores behind, as it should.
+        "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
+        # A few steps of a tiny model take less time than optimizing their program.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
+    }
+    FORKSERVER.set_forkserver_preload(["vilam3_jax.train", *LIBRARIES])
+
+
 def demonstrate(root: Path) -> int:
     """Runs everything in `root`; returns the exit code."""
     began = time.monotonic()
+    preload(root)
     print("0. generated scans, datasets, a tokenizer")
     with (root / "data.log").open("w") as log, contextlib.redirect_stdout(log):
         make_world(root)
     print("1. two processes, mesh fsdp 2, without interruption")
-    finish(root, "unbroken", start(root, "unbroken", 2, TWO_PROCESSES))
-    print(
-        f"   {STEPS} steps of packed rows of two datasets, last loss {losses(root / 'unbroken')[STEPS]:.7f}"
-    )
+    with started(root, "unbroken", 2, TWO_PROCESSES) as running:
+        finish(root, "unbroken", running)
+    last = losses(root / "unbroken")[STEPS]
+    print(f"   {STEPS} steps of packed rows of two datasets, last loss {last:.7f}")
     print(f"2. the same run again; after step {KILLED_AFTER}, one of its processes is killed (SIGKILL)")
-    running = start(root, "one_process", 2, TWO_PROCESSES)
-    try:
+    with started(root, "one_process", 2, TWO_PROCESSES) as running:
         kill_one(root, "one_process", running)
-    finally:
-        for process in running:
-            process.kill()
     shutil.copytree(root / "one_process", root / "two_processes")
+    resumed = newest_checkpoint(root / "one_process")
+    print(f"3. the killed run, resumed at step {resumed}")
+    with contextlib.ExitStack() as stack:
+        runs = {
+            name: stack.enter_context(started(root, name, processes, mesh))
+            for name, processes, mesh in (
+                ("one_process", 1, ONE_PROCESS),
+                ("two_processes", 2, TWO_PROCESSES),
+            )
+        }
+        for name, running in runs.items():
+            finish(root, name, running)
     same = True
-    for name, processes, mesh, tolerance, words in (
-        ("one_process", 1, ONE_PROCESS, TOLERANCE, "one process, another mesh: fsdp 2 x tensor 2"),
-        ("two_processes", 2, TWO_PROCESSES, 0.0, "two processes, the same mesh"),
+    for name, tolerance, words in (
+        ("one_process", TOLERANCE, "one process, another mesh: fsdp 2 x tensor 2"),
+        ("two_processes", 0.0, "two processes, the same mesh"),
     ):
-        resumed = newest_checkpoint(root / name)
-        finish(root, name, start(root, name, processes, mesh))
-        print(f"3. resumed at step {resumed} with {words}")
+        print(f"   with {words}")
         same &= compare(root, name, resumed, tolerance)
     print(f"{'the runs are the same' if same else 'THE RUNS DIFFER'}; {time.monotonic() - began:.0f} s")
     return 0 if same else 1
@@ -217,6 +244,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        sys.exit(worker(sys.argv[3:], Path(sys.argv[2])))
     sys.exit(main())

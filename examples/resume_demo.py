@@ -2,8 +2,7 @@
 
 Trains a tiny model on a packed mixture with two processes, kills one of them, and resumes twice from the last
 checkpoint: with one process on another mesh, and with two processes on the same mesh. Samples and losses of
-every step are compared with those of a run that nothing interrupted. Exits with 1 if they differ. Runs that do
-not depend on each other share the cores, because starting and compiling takes most of the time.
+every step are compared with those of a run that nothing interrupted. Exits with 1 if they differ.
 """
 
 from __future__ import annotations
@@ -177,7 +176,7 @@ def compare(root: Path, name: str, resumed: int, tolerance: float) -> bool:
 
 
 def preload(root: Path) -> None:
-    """Lets the processes of all runs start from one that has imported the libraries: half of a short run."""
+    """Lets the processes of all runs start from one that has imported the libraries."""
     os.environ |= {
         **{"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"},
         "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),

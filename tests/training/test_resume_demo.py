@@ -40,14 +40,14 @@ def runs(demo, tmp_path):
 
 def test_equal_runs_are_the_same(demo, runs, capsys):
     assert demo.compare(runs, "resumed", 4, 0.0)
-    assert "all 16 are those of the unbroken run" in capsys.readouterr().out
+    assert "all 8 are those of the unbroken run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("file", "before", "after"),
     [
-        ("samples_of_process_0.jsonl", "10a", "11b"),
-        ("metrics.jsonl", '"step": 10, "loss": 0.1', '"step": 10, "loss": 0.1001'),
+        ("samples_of_process_0.jsonl", "8a", "7b"),
+        ("metrics.jsonl", '"step": 8, "loss": 0.125', '"step": 8, "loss": 0.1251'),
     ],
 )
 def test_a_difference_is_noticed(demo, runs, capsys, file, before, after):

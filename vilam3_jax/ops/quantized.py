@@ -24,10 +24,12 @@ from jax.custom_derivatives import SymbolicZero
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.settings import Section, setting
-from vilam3_jax.sharding import matmul
+from vilam3_jax.sharding import logical_axes, matmul
 
 MATMULS = ("int8", "fp8")
 KERNELS = ("int8", "nf4")
+_BLOCK = 1 << 19  # numbers of an int8 kernel that a CPU converts at a time
+_MAX_CONVERTED = 1 << 22  # numbers of the largest kernel that a CPU converts at once
 NF4_TILE = 64  # rows of a kernel that share a scale, as in QLoRA
 # Name → types of the factors and of an incoming gradient.
 _TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
@@ -287,8 +289,31 @@ def scaled_einsum(
     """
     _, second, result = _terms(spec)
     columns = [size for letter, size in zip(second, kernel.shape, strict=True) if letter in result]
-    sums = matmul.einsum(spec, x, kernel.qvalue.reshape(kernel.shape).astype(x.dtype), jnp.float32)
+    on_one_cpu = logical_axes.platform() == "cpu" and logical_axes.current() is None
+    if on_one_cpu and kernel.qvalue.size > _MAX_CONVERTED:
+        lead = x.shape[: len(result) - len(columns)]
+        sums = _in_blocks(x.reshape(math.prod(lead), -1), kernel.qvalue).reshape(*lead, *columns)
+    else:
+        sums = matmul.einsum(spec, x, kernel.qvalue.reshape(kernel.shape).astype(x.dtype), jnp.float32)
     return (sums * kernel.scale.reshape(columns)).astype(preferred_element_type or x.dtype)
+
+
+def _in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` in float32, with an int8 kernel that is converted one block of columns at a time.
+
+    On CPUs, products read converted kernels from memory: a block stays in the cache.
+    """
+    width = max(1, _BLOCK // kernel.shape[0])
+    count = kernel.shape[1] // width
+
+    def product(part: jax.Array) -> jax.Array:
+        return matmul.einsum("ai,io->ao", x, part.astype(x.dtype), jnp.float32)
+
+    def block(number: jax.Array) -> jax.Array:
+        return product(jax.lax.dynamic_slice_in_dim(kernel, number * width, width, axis=1))
+
+    blocks = jnp.moveaxis(jax.lax.map(block, jnp.arange(count)), 0, 1).reshape(x.shape[0], -1)
+    return jnp.concatenate([blocks, product(kernel[:, count * width :])], axis=1)
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Greedy generation equals transformers', token for token: random models, prompts of mixed lengths, one batch."""
+"""Greedy generation equals transformers', token for token: random models, prompts of mixed lengths."""
 
 from __future__ import annotations
 

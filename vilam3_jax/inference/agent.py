@@ -560,6 +560,7 @@ def load_generator(
     text: str = "",
     tensor: int = 1,
     dtype: str | None = None,
+    cache_dtype: str | None = None,
 ) -> tuple[Generator, Template]:
     """Opens an export of a generative model.
 
@@ -569,7 +570,10 @@ def load_generator(
       batch_size: maximum dialogues of a batch.
       text: changes of the export's text rules, see `TextRules.changed`.
       tensor: devices that share the heads and hidden units; -1 is all. With several processes, all call this.
-      dtype: type of weights and activations, such as "bfloat16"; by default that of the export.
+      dtype: "float32" or "bfloat16": type of weights and activations; "int8": matrices of the LLM in int8,
+        the rest in the type of the export's activations. By default that of the export.
+      cache_dtype: type of cached keys and values: "float32", "bfloat16" or "int8"; by default that of
+        activations.
 
     Raises:
       UserError: no export of a generative model with a tokenizer, an unknown text rule or type, or a model
@@ -590,5 +594,13 @@ def load_generator(
         axes = MeshConfig(data=1, fsdp=1, tensor=count)
         mesh = mesh_lib.build_mesh(axes, jax.devices()[:count])
     params, config, _ = exports.load_export(folder, mesh=mesh, dtype=dtype)
-    generator = Generator(config, params, tokenizer, max_length=max_length, batch_size=batch_size, mesh=mesh)
+    generator = Generator(
+        config,
+        params,
+        tokenizer,
+        max_length=max_length,
+        batch_size=batch_size,
+        mesh=mesh,
+        cache_dtype=cache_dtype,
+    )
     return generator, template

@@ -185,6 +185,26 @@ def test_no_float_copy_stays_on_the_device(export):
     assert sum(x.nbytes for x in jax.live_arrays()) - before <= own
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_decoding_makes_no_float_copy_of_the_weights(model_config, tied):
+    """XLA's own figures: the program needs no more than that of float32, beside one converted kernel."""
+    sections = model_config.copy_and_resolve_references()
+    sizes = dict(vocab_size=16384, hidden_size=512, mlp_dim=1024, num_layers=6, head_dim=64)
+    sections.llm.update(dict(tie_embeddings=tied, **sizes))
+    config = resolve(sections)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def compiled(dtype):
+        def read(wanted):
+            nonlocal shapes
+            shapes = wanted
+            return wanted
+
+    memory = {dtype: compiled(dtype).memory_analysis() for dtype in ("float32", "int8")}
+    largest = 4 * 512 * 1024
+    assert memory["int8"].temp_size_in_bytes <= memory["float32"].temp_size_in_bytes + largest
+
+
 def test_models_without_llm_and_unknown_types_are_refused(export, towers_export):
     with pytest.raises(UserError, match="dtype 'int8': a contrastive model has no LLM"):
         exports.load_export(towers_export, dtype="int8")

@@ -292,11 +292,13 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> float32 [..., V]; for generation, which needs few positions."""
-        kernel = as_weight(self.head_kernel()).value.astype(hidden.dtype)
-        if isinstance(kernel, QuantizedKernel):
-            lead = "ab"[: hidden.ndim - 1]
-            return scaled_einsum(f"{lead}i,io->{lead}o", hidden, kernel, jnp.float32)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        if self.lm_head is None:
+            stored, axes = self.embed.embedding.get_value(), "oi"
+        else:
+            stored, axes = self.lm_head.kernel.get_value(), "io"
+        kernel, lead = as_weight(stored).value.astype(hidden.dtype), "ab"[: hidden.ndim - 1]
+        einsum = scaled_einsum if isinstance(kernel, QuantizedKernel) else jnp.einsum
+        return einsum(f"{lead}i,{axes}->{lead}o", hidden, kernel, preferred_element_type=jnp.float32)
 
     def __call__(self, embeds: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Packed rows without a cache: [B, L, D] -> [B, L, D] after the final norm.

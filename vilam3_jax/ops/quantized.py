@@ -292,28 +292,29 @@ def scaled_einsum(
     on_one_cpu = logical_axes.platform() == "cpu" and logical_axes.current() is None
     if on_one_cpu and kernel.qvalue.size > _MAX_CONVERTED:
         lead = x.shape[: len(result) - len(columns)]
-        sums = _in_blocks(x.reshape(math.prod(lead), -1), kernel.qvalue).reshape(*lead, *columns)
+        axis = 0 if second[0] in result else 1  # of columns
+        sums = _in_blocks(x.reshape(math.prod(lead), -1), kernel.qvalue, axis).reshape(*lead, *columns)
     else:
         sums = matmul.einsum(spec, x, kernel.qvalue.reshape(kernel.shape).astype(x.dtype), jnp.float32)
     return (sums * kernel.scale.reshape(columns)).astype(preferred_element_type or x.dtype)
 
 
-def _in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel` in float32, with an int8 kernel that is converted one block of columns at a time.
+def _in_blocks(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    """Float32 product of x [n, in] and an int8 kernel, which is converted one block of columns at a time.
 
-    On CPUs, products read converted kernels from memory: a block stays in the cache.
+    On CPUs, products read converted kernels from memory: a block stays in the cache. `axis` is that of the
+    columns of the kernel.
     """
-    width = max(1, _BLOCK // kernel.shape[0])
-    count = kernel.shape[1] // width
+    width = max(1, _BLOCK // kernel.shape[1 - axis])
+    count, rest = divmod(kernel.shape[axis], width)
 
-    def product(part: jax.Array) -> jax.Array:
-        return matmul.einsum("ai,io->ao", x, part.astype(x.dtype), jnp.float32)
+    def block(first: jax.Array | int, size: int) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(kernel, first, size, axis).astype(x.dtype)
+        return matmul.einsum("ai,oi->ao" if axis == 0 else "ai,io->ao", x, part, jnp.float32)
 
-    def block(number: jax.Array) -> jax.Array:
-        return product(jax.lax.dynamic_slice_in_dim(kernel, number * width, width, axis=1))
-
-    blocks = jnp.moveaxis(jax.lax.map(block, jnp.arange(count)), 0, 1).reshape(x.shape[0], -1)
-    return jnp.concatenate([blocks, product(kernel[:, count * width :])], axis=1)
+    blocks = jax.lax.map(lambda number: block(number * width, width), jnp.arange(count))
+    whole = blocks.swapaxes(0, 1).reshape(x.shape[0], count * width)
+    return jnp.concatenate([whole, block(count * width, rest)], axis=1)
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:

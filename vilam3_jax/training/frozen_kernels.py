@@ -73,6 +73,17 @@ def _sharded(path: str, kernel: Any, kind: str) -> QuantizedKernel:
     return jax.tree.map(place, jax.eval_shape(partial(quantize_kernel, kind=kind), kernel))
 
 
+def placed_like(path: str, kernel: jax.ShapeDtypeStruct, stored: QuantizedKernel) -> QuantizedKernel:
+    """The abstract kernel `stored` on the devices of `kernel`, its dequantised form with a sharding.
+
+    Raises:
+      UserError: its tiles are not divisible over the mesh.
+    """
+    if isinstance(kernel.sharding, NamedSharding):
+        return _sharded(path, kernel.update(dtype=stored.dtype), stored.kind)
+    return jax.tree.map(lambda array: array.update(sharding=kernel.sharding), stored)
+
+
 def load(
     wanted: Mapping[str, QuantizedKernel],
     read: Callable[[dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]],

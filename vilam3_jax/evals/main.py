@@ -30,9 +30,9 @@ from vilam3_jax.evals import comparison, retrieval, statistics, tables
 from vilam3_jax.evals import conditions as arm_lib
 from vilam3_jax.evals import protocol as protocols
 from vilam3_jax.evals.comparison import RESULT_FILE, ROWS_FILE, TABLES_FILE, write_json
-from vilam3_jax.inference import model_flags
 from vilam3_jax.inference.agent import Agent, AnnotationProvider
 from vilam3_jax.inference.loading import ModelSource, check_kind, load_generator, open_model
+from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
 from vilam3_jax.runtime import paths, process_flags, processes
 
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "`vilam3 evaluate repeats --arms=A,B DIR ...` pools a difference over repeated runs.",
     )
     add = parser.add_argument
-    add("--checkpoint", help=f"{model_flags.CHECKPOINT_HELP}; not for --arm=majority")
+    add("--checkpoint", help=f"{CHECKPOINT_HELP}; not for --arm=majority")
     add("--protocol", required=True, help=f"what is asked and how it is scored: {known}")
     add("--data", required=True, help="folder that `vilam3 prepare` wrote")
     add(
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, help="dialogues per batch (default: 32)")
     add("--max_length", type=int, default=2048, help="maximum positions of a dialogue")
     add("--seed", type=int, default=0, help="of bootstrap and falsification")
-    model_flags.add_model_flags(parser)
+    add_model_flags(parser)
     return parser
 
 
@@ -158,6 +158,7 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
             "seed": options.seed,
             "checkpoint": None if arm.name == arm_lib.MAJORITY else model and model.source.name,
             "text": None if arm.name == arm_lib.MAJORITY else model and dataclasses.asdict(model.rules),
+            **model_options(options),
             "data": str(options.data),
             "annotations": options.annotations,
             "seconds": time.monotonic() - started,
@@ -196,7 +197,7 @@ class _Model:
             max_length=options.max_length,
             batch_size=options.batch_size,
             text=options.text or "",
-            **model_flags.model_options(options),
+            **model_options(options),
         )
         processor = self._generator.processor
         self.reader = ImageReader(processor.kept_size, processor.preprocessing)
@@ -219,8 +220,8 @@ def _finished() -> dict[str, Any]:
 
 
 def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol) -> None:
-    unused = ("experts", "images", "arm", "limit", "limit_other", "annotations", "cards", "text")
-    for flag in (*unused, *model_flags.model_options(options)):
+    of_dialogues = ("experts", "images", "arm", "limit", "limit_other", "annotations", "cards", "text")
+    for flag in (*of_dialogues, *model_options(options)):
         if getattr(options, flag) is not None:
             raise UserError(f"--{flag}: has no effect on protocol {protocol.name}; leave it out")
     if jax.process_count() > 1:

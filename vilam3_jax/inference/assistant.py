@@ -139,6 +139,7 @@ class Assistant:
         isolate: bool = False,
         mesh: Mesh | str | int | None = None,
         dtype: str | None = None,
+        cache_dtype: str | None = None,
     ):
         """Loads a model. With several processes, all make the same calls with the same arguments.
 
@@ -158,13 +159,19 @@ class Assistant:
           isolate: decode images in a separate process, with limits on time and memory.
           mesh: devices that share the model: their number, or the same as "tensor=4"; -1 for all. Or a `Mesh`
             with the axis `tensor`. By default one device, or all devices of several processes.
-          dtype: type of weights and activations, such as "bfloat16"; by default that of the model.
+          dtype, cache_dtype: type of the model and that of its cache, see `load_generator`.
 
         Raises:
           UserError: no generative model, an unknown text rule or type, or a mesh that does not fit the model.
         """
         self._generator, self._template = load_generator(
-            path, max_length=max_length, batch_size=batch_size, text=text, mesh=mesh, dtype=dtype
+            path,
+            max_length=max_length,
+            batch_size=batch_size,
+            text=text,
+            mesh=mesh,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
         )
         model = self._generator.model.to_dict()
         self._cards, self._style = card_list(model), Style.of(model)

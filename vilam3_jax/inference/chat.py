@@ -13,9 +13,9 @@ from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.data.volumes import AXES
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference import model_flags
 from vilam3_jax.inference.agent import DEFAULT_MAX_NEW_TOKENS, Event
 from vilam3_jax.inference.assistant import NOT_CLINICAL, Assistant, Images, Reply, load
+from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
 from vilam3_jax.inference.rendering import reply_text
 from vilam3_jax.runtime import paths, process_flags, processes
 
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 chat", description="Ask a trained model about an image. " + NOT_CLINICAL
     )
-    parser.add_argument("--checkpoint", required=True, help=model_flags.CHECKPOINT_HELP)
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--image",
         action="append",
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of sampling")
     add("--save_images", help="folder for the transcript, and for the images as shown to the model")
     add("--verbose", action="store_true", help="show the cards of the experts, too")
-    model_flags.add_model_flags(parser)
+    add_model_flags(parser)
     return parser
 
 
@@ -224,9 +224,9 @@ def main(argv: Sequence[str]) -> int:
 def _chat(options: argparse.Namespace) -> None:
     asked = {name: getattr(options, name) for name in _ASK_OPTIONS}
     asked |= {"experts": options.experts == "on", "index": options.slice, "window": _window(options.window)}
-    loading = {name: getattr(options, name) for name in _LOAD_OPTIONS} | model_flags.model_options(options)
     image = _images(options.image)
-    with load(options.checkpoint, **loading) as assistant:
+    of_load = {name: getattr(options, name) for name in _LOAD_OPTIONS} | model_options(options)
+    with load(options.checkpoint, **of_load) as assistant:
         if options.prompt is None:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  edits and recalls the lines of `input`

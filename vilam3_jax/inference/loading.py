@@ -125,6 +125,7 @@ def load_generator(
     text: str = "",
     mesh: Mesh | str | int | None = None,
     dtype: str | None = None,
+    cache_dtype: str | None = None,
 ) -> tuple[Generator, Template]:
     """Loads a generative model.
 
@@ -135,7 +136,10 @@ def load_generator(
       text: changes of the model's text rules, see `TextRules.changed`.
       mesh: devices that share the heads and hidden units, see `decoding_mesh`. With several processes, all
         call this.
-      dtype: type of weights and activations, such as "bfloat16"; by default that of the source.
+      dtype: "float32" or "bfloat16": type of weights and activations; "int8": matrices of the LLM in int8,
+        the rest in the type of the model's activations. By default that of the source.
+      cache_dtype: type of cached keys and values: "float32", "bfloat16" or "int8"; by default that of
+        activations.
 
     Raises:
       UserError: no generative model with a tokenizer, an unknown text rule or type, or a model that cannot be
@@ -149,7 +153,13 @@ def load_generator(
     devices = decoding_mesh(mesh)
     params, config = exports.read_model(source.config, source.read, mesh=devices, dtype=dtype)
     generator = Generator(
-        config, params, tokenizer, max_length=max_length, batch_size=batch_size, mesh=devices
+        config,
+        params,
+        tokenizer,
+        max_length=max_length,
+        batch_size=batch_size,
+        mesh=devices,
+        cache_dtype=cache_dtype,
     )
     return generator, template
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference import model_flags
 from vilam3_jax.inference.assistant import NOT_CLINICAL, host_command, load
+from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
 from vilam3_jax.runtime import paths, process_flags, processes
 
 _LOG = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         + NOT_CLINICAL,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help=model_flags.CHECKPOINT_HELP)
+    add("--checkpoint", required=True, help=CHECKPOINT_HELP)
     add("--model_name", help="name of the model in requests (default: the folder's)")
     add("--host", default="127.0.0.1", help="address to bind to (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=8000, help="port; 0 is any free one (default: 8000)")
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         default=60,
         help="uploaded files are deleted after this time (default: 60)",
     )
-    model_flags.add_model_flags(parser)
+    add_model_flags(parser)
     return parser
 
 
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
                 max_length=options.max_length,
                 batch_size=options.slots,
                 text=options.text,
-                **model_flags.model_options(options),
+                **model_options(options),
             )
         )
         wanted = bool(options.annotations) or options.expert_host not in ("auto", "off")

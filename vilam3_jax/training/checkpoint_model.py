@@ -12,11 +12,11 @@ from etils import epath
 from vilam3_jax.checkpoints import run_checkpoints
 from vilam3_jax.checkpoints.exports import Abstract, Flat
 from vilam3_jax.data.experts.cards import with_card_list
+from vilam3_jax.ops import quantized_loading
 from vilam3_jax.ops.quantized import QuantizedKernel
 from vilam3_jax.runtime import paths
 from vilam3_jax.runtime.settings import from_mapping
 from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import frozen_kernels
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training.run_config import RENAMED_KEYS, RunConfig
 from vilam3_jax.training.train_state import TrainState
@@ -58,7 +58,7 @@ class CheckpointModel:
     def _read(self, path: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         field, stored = self.places[path]
         if isinstance(stored, QuantizedKernel):
-            placed: Any = frozen_kernels.placed_like(path, wanted, stored)
+            placed: Any = quantized_loading.abstract(path, wanted.update(dtype=stored.dtype), stored.kind)
         else:
             placed = stored.update(sharding=wanted.sharding)
         value = run_checkpoints.read_state(self.folder, {field: {path: placed}})[field][path]

@@ -12,8 +12,8 @@ import pytest
 from tests.inference.test_batching import picture, text
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.loading import load_generator, open_model
 from vilam3_jax.inference.generate import Generator
+from vilam3_jax.inference.loading import load_generator, open_model
 from vilam3_jax.models import kv_cache, param_paths
 from vilam3_jax.ops.quantized import QuantizedKernel
 from vilam3_jax.sharding.weights import Weight

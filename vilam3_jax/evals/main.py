@@ -190,7 +190,7 @@ class _Model:
 
     def __init__(self, options: argparse.Namespace):
         self._options, self.source = options, _open(options, "generative")
-        self._config = self.source.config
+        self._config = self.source.config.to_dict()
         self.rules = TextRules.of(self._config.get("text")).changed(options.text or "")
         self._generator, self._template = load_generator(
             self.source,

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import jax
 import numpy as np
@@ -365,7 +365,7 @@ class Assistant:
             return []
         processor = self._generator.processor
         size, preprocessing = processor.kept_size, processor.preprocessing
-        options = dict(preprocessing=preprocessing, decoder=self._decoder, **view)
+        options = {"preprocessing": preprocessing, "decoder": self._decoder, **view}
 
         def read() -> list[Scan]:
             named = image if isinstance(image, Mapping) else {"": image}
@@ -466,7 +466,7 @@ class Chat:
 
         Raises `UserError` for an unusable image, and changes nothing.
         """
-        changed: AskOptions = {**self._options, **options}
+        changed = cast(AskOptions, {**self._options, **options})
         self._scans = self._assistant._scans(image, "", _split(changed).view, question=False)
         self.image, self._options = image, changed
 

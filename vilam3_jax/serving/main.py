@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.assistant import NOT_CLINICAL, host_command, load
-from vilam3_jax.inference.model_flags import add_model_flags, model_options
-from vilam3_jax.runtime import paths
+from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
+from vilam3_jax.runtime import paths, process_flags, processes
 
 _LOG = logging.getLogger(__name__)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         + NOT_CLINICAL,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a training run or its export folder")
+    add("--checkpoint", required=True, help=CHECKPOINT_HELP)
     add("--model_name", help="name of the model in requests (default: the folder's)")
     add("--host", default="127.0.0.1", help="address to bind to (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=8000, help="port; 0 is any free one (default: 8000)")
@@ -96,6 +96,11 @@ def _is_local(host: str) -> bool:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if processes.several(**process_flags.argument_values(options)):
+        raise UserError(
+            "a server is one process: start it on one host, and share the model over its devices by --mesh; "
+            "for a larger model, `vilam3 convert export` writes folders for servers that span hosts"
+        )
     positive = ("slots", "queue", "deadline", "max_length", "max_new_tokens", "max_upload", "upload_space")
     for name in (*positive, "max_body", "file_minutes"):
         if not 0 < getattr(options, name) < _LARGEST:

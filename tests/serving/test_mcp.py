@@ -16,6 +16,7 @@ import numpy as np
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 
+from tests.serving.test_audit import SECRET
 from tests.serving.test_chat import QUESTION, data_url
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.images import encode_png
@@ -106,7 +107,7 @@ def test_annotate_gives_the_experts_result(server, world, log):
     assert failed["status"] == "failed" and "no stored result" in failed["reason"]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["asked", "answered"] * 3
-    assert lines[1]["call"]["input_key"] in {key for key, *_ in stored.keys()}
+    assert lines[1]["call"]["input_key"] in {key for key, *_ in list(stored.keys())}
     assert lines[1]["call"]["mask"]["labelled_voxels"] == 640 and "film" not in log.read_text()
 
 
@@ -184,13 +185,13 @@ def test_large_files_are_refused(assistant, tmp_path):
 
 def test_a_failure_inside_shows_nothing(server, monkeypatch, caplog):
     def fails(*_, **__):
-        raise RuntimeError("Mrs. Secret")
+        raise RuntimeError(SECRET)
 
     monkeypatch.setattr("vilam3_jax.serving.inputs.read", fails)
     with caplog.at_level(logging.INFO):
         told = call(server, "ask", question=QUESTION)
     assert "internal error" in told and "RuntimeError" in caplog.text
-    assert "Secret" not in told + caplog.text
+    assert SECRET not in told + caplog.text
 
 
 def test_without_experts_there_are_none(assistant):

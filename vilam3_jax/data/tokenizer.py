@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -68,14 +68,11 @@ class Tokenizer:
         self._plain = _build(tokenizer_json, encode_special_tokens=True)
         added = self._plain.get_added_tokens_decoder()
         self.special_tokens = {token.content: index for index, token in added.items() if token.special}
-        # Some files do not mark control tokens, which the library would then find in any text.
+        # Some files do not mark all control tokens.
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
         ends = {self._plain.id_to_token(index) for index in (bos_id, eos_id) if index is not None}
         required = {token for token in vocabulary if token in CONTROL_TOKENS or _CONTROL.fullmatch(token)}
         self.special_tokens |= {token: vocabulary[token] for token in required | ends if token is not None}
-        if any(not token.special for token in added.values() if token.content in self.special_tokens):
-            marked = _marked(tokenizer_json, self.special_tokens)
-            self._plain = _build(marked, encode_special_tokens=True)
         self._special_ids = frozenset(self.special_tokens.values())
         self.adds_bos = self._plain.encode("", add_special_tokens=True).ids[:1] == [bos_id]
         self.vocab_size = max(vocabulary.values()) + 1
@@ -147,8 +144,8 @@ class Tokenizer:
             if not found:
                 ids += encoded.ids
             elif len(piece) > 1:
-                # Some vocabularies contain the control token as an ordinary entry, too, and some tokenizers
-                # fold other characters to it. Cutting the text after its first character prevents a match.
+                # The file does not mark the token, or its vocabulary contains it as an ordinary entry, too,
+                # and may fold other characters to it. Cutting after the first one prevents a match.
                 cuts = sorted({min(start + 1, len(piece) - 1) for start, _ in found})
                 bounds = itertools.pairwise((0, *cuts, len(piece)))
                 pieces += reversed([piece[first:last] for first, last in bounds if first < last])
@@ -215,14 +212,6 @@ def _build(tokenizer_json: str, *, encode_special_tokens: bool) -> tokenizers.To
     built.no_padding()
     built.encode_special_tokens = encode_special_tokens
     return built
-
-
-def _marked(tokenizer_json: str, tokens: Collection[str]) -> str:
-    """The file with the added ones of `tokens` marked as special."""
-    values = json.loads(tokenizer_json)
-    for entry in values["added_tokens"]:
-        entry["special"] = entry["special"] or entry["content"] in tokens
-    return json.dumps(values, ensure_ascii=False)
 
 
 def load_tokenizer(directory: PathLike) -> Tokenizer:

@@ -20,12 +20,13 @@ from mcp_types import ToolAnnotations
 from pydantic import Field
 
 import vilam3_jax
-from vilam3_jax.data.experts.grammar import Call, parse_turn
+from vilam3_jax.data.experts.grammar import Call, parse_call
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.assistant import NOT_CLINICAL
 from vilam3_jax.serving import inputs
 from vilam3_jax.serving.answers import Answer, call_record
-from vilam3_jax.serving.errors import ApiError, as_api_error, bad_request
+from vilam3_jax.serving.engine import EngineError
+from vilam3_jax.serving.errors import ApiError, bad_request
 from vilam3_jax.serving.fields import Fields
 from vilam3_jax.serving.inputs import Ask, ImagePart, Options, Said, View
 from vilam3_jax.serving.service import Service
@@ -180,11 +181,11 @@ class Tools:
         return await self._told(self._annotate(check, call))
 
     async def _annotate(self, check: Any, call: str) -> dict[str, Any]:
-        parsed = parse_turn(f"<{call.strip().removeprefix('<').removesuffix('>')}>")
-        if len(parsed.calls) != 1 or parsed.cut:
+        parsed = parse_call(call)
+        if parsed is None:
             raise bad_request("call: must be like VISTA3D(hepatic tumor); list_experts has the names")
         request = secrets.token_hex(8)
-        annotation = await self._service.annotate(check, parsed.calls[0], "", request=request)
+        annotation = await self._service.annotate(check, parsed, "", request=request)
         made = Call(annotation.expert, annotation.args)
         return call_record(made, request, annotation, self._without_paths)
 
@@ -227,7 +228,9 @@ class Tools:
         try:
             return await work
         except Exception as error:
-            if not isinstance(error, UserError):
-                trace = "".join(traceback.format_tb(error.__traceback__))
-                _LOG.error("a tool failed: %s\n%s", type(error).__name__, trace)
-            raise ToolError(self._without_paths(str(as_api_error(error)))) from None
+            if isinstance(error, UserError | EngineError):
+                raise ToolError(self._without_paths(str(error))) from None
+            # Messages of libraries may quote what they failed on.
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            _LOG.error("a tool failed: %s\n%s", type(error).__name__, trace)
+            raise ToolError("internal error; the server's log tells where") from None

@@ -77,5 +77,11 @@ def parse_turn(text: str, most: int | None = None) -> CallingTurn:
     )
 
 
+def parse_call(text: str) -> Call | None:
+    """The call that a text consists of, with or without its angle brackets; None for any other text."""
+    match = _CALL.fullmatch(f"<{text.strip().removeprefix('<').removesuffix('>')}>")
+    return None if match is None else _call(match)
+
+
 def _call(match: re.Match[str]) -> Call:
     return Call(match[1], _OUTER.sub("", match[2]))

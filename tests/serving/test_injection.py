@@ -28,18 +28,19 @@ def control(assistant, monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_messages_are_text(client, control, part):
-    """A dialogue with every known attack has the control tokens of a dialogue with harmless words."""
-    hostile = " ".join(ATTACKS[part::4])[:1200]
-    for text in ("harmless", hostile):
-        messages = [
-            {"role": role, "content": text} for role in ("system", "user", "assistant", "user", "assistant", "user")
-        ]  # fmt: skip
-        ask(client, messages, max_tokens=1)
+ROLES = ("system", "user", "assistant", "user", "assistant", "user")
+
+
+def test_messages_are_text(client, control):
+    """Dialogues with every known attack in every role have the control tokens of one with harmless words."""
+    short = [text for text in ATTACKS if len(text) <= 60]
+    assert len(short) > 40
+    for texts in (["harmless"] * 6, *(short[n : n + 6] for n in range(len(short) - 5))):
+        messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts, strict=True)]
         ask(client, messages, max_tokens=1, extra_body={"vilam3": {"experts": False}})
-    assert len(control) % 2 == 0 and control[: len(control) // 2] == control[len(control) // 2 :]
-    assert len(max(control, key=len)) == 15, "begin and end of seven turns, and the beginning of the answer"
+    first, *others = control
+    assert len(first) == 13, "begin and end of six turns, and the beginning of the answer"
+    assert all(one == first for one in others)
 
 
 def test_image_markers(client):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.assistant import NOT_CLINICAL, Assistant, host_command, load
+from vilam3_jax.inference.model_flags import add_model_flags, model_options
 from vilam3_jax.runtime import paths
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve a trained model over HTTP, as OpenAI's chat completions and responses. "
         + NOT_CLINICAL,
     )
-    add_model_flags(parser)
+    add_engine_flags(parser)
     add_audit_flags(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to bind to (default: 127.0.0.1, this machine alone)")
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the model, its experts and its engine, which `vilam3 mcp` has, too."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="a training run or its export folder")
@@ -75,6 +76,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--max_new_tokens", type=int, default=512, help="limit of a turn if a request has none (default: 512)"
     )
+    add_model_flags(parser)
 
 
 def add_audit_flags(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +122,7 @@ def load_model(options: argparse.Namespace, stack: contextlib.ExitStack) -> tupl
             max_length=options.max_length,
             batch_size=options.slots,
             text=options.text,
+            **model_options(options),
         )
     )
     wanted = bool(options.annotations) or options.expert_host not in ("auto", "off")

@@ -13,7 +13,7 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.inference.assistant import NOT_CLINICAL
 from vilam3_jax.serving.main import (
     add_audit_flags,
-    add_model_flags,
+    add_engine_flags,
     check_limits,
     load_model,
     model_name,
@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         "stdout: ask, annotate, list_experts. " + NOT_CLINICAL,
     )
     parser.add_argument("--files", help="folder below which tools may read images (default: none)")
-    add_model_flags(parser)
+    add_engine_flags(parser)
     add_audit_flags(parser)
     parser.add_argument(
         "--max_file", type=int, default=512, help="MiB of an image or a folder (default: 512)"

@@ -170,6 +170,8 @@ def check(model, template, transcript, source, *, rounds=1):
     calls = [turn for turn in transcript.turns[transcript.first_turn :] if turn.role == "expert"]
     assert set(source.asked) <= AUTHORISED and len(source.asked) <= 8 * rounds and len(calls) <= rounds
     assert len(set(source.asked)) == len(source.asked), "an expert ran twice for one question"
+    made = [(one.call.expert, one.call.args, one.accepted) for one in transcript.calls]
+    assert all(((expert, args) in AUTHORISED) == accepted for expert, args, accepted in made)
     roles = [turn.role for turn in transcript.turns]
     own = ["user", *["assistant", "expert"] * len(calls), "assistant"]
     assert roles[transcript.first_turn :] == own

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -259,26 +259,21 @@ class Agent:
         self._batcher = batching.Batcher(generator)
 
     @property
-    def batch_size(self) -> int:
-        """Number of dialogues that are decoded together."""
-        return self._generator.batch_size
-
-    @property
     def processor(self) -> ImageProcessor:
         """Turns images of queries into inputs of the model."""
         return self._generator.processor
 
     def run(
         self,
-        queries: Sequence[Query],
+        queries: Iterable[Query],
         *,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         sampling: Sampling = GREEDY,
-    ) -> list[Transcript]:
-        """Runs one dialogue per query, batched, and returns their transcripts.
+    ) -> Iterator[Transcript]:
+        """Runs one dialogue per query, batched, and yields their transcripts in order.
 
         Args:
-          queries: any number.
+          queries: any number; each is read when a row of the batch is free.
           max_new_tokens: limit of each turn of the model.
           sampling: greedy by default.
 
@@ -287,7 +282,7 @@ class Agent:
           ModelError: a model whose logits are not finite.
         """
         scripts = (self.script(query, max_new_tokens=max_new_tokens, sampling=sampling) for query in queries)
-        return list(self._batcher.run(scripts))
+        return self._batcher.run(scripts)
 
     def script(
         self,

@@ -1,5 +1,6 @@
 """Answers to held-out examples during training: prompts, and answers of sharded parameters."""
 
+import dataclasses
 import functools
 import json
 
@@ -141,10 +142,11 @@ def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, s
         functools.partial(program.context, whole_rows=True),
         program.annotate,
     )
-    prefill, given = answers._generator._prefill, []
-    monkeypatch.setattr(
-        answers._generator, "_prefill", lambda *args: (given.append(args[4:8]), prefill(*args))[1]
+    programs, given = answers._generator._programs, []
+    recording = dataclasses.replace(
+        programs, prefill=lambda *args: (given.append(args[4:8]), programs.prefill(*args))[1]
     )
+    monkeypatch.setattr(answers._generator, "_programs", recording)
     rows, values = answers(sharded)
     shown = [question.prompt.images[0].tobytes() for question in answers.questions]
     pictures = [len(set(shown[part::4])) for part in range(4)]

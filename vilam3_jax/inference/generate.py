@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,14 +24,14 @@ from vilam3_jax.data.packing import NO_GRID
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import programs
+from vilam3_jax.inference.placement import head_columns, split_head
 from vilam3_jax.inference.sampling import GREEDY, RowSampling, Sampling
-from vilam3_jax.models import build
 from vilam3_jax.models.model_config import resolve
 
-_MIN_CHUNK = 16
+MIN_CHUNK = 16
 _MIN_CACHE = 256
-_MIN_NEW = 32
-_STOP_SLOTS = 8
+MIN_NEW = 32
+STOP_SLOTS = 8
 _PREFIXES = 8
 MIN_PREFIX = 16  # tokens worth keeping for other dialogues
 
@@ -163,37 +162,13 @@ class Generator:
         self.processor = image_processor(model)
         self.image_size = self.processor.size
         self.max_length, self.batch_size = max_length, batch_size
-        self._params = params
+        self._params = params if mesh is None else split_head(params, mesh)
         self._prefixes: collections.OrderedDict[bytes, Session] = collections.OrderedDict()
-        graphdef, _ = build.abstract_model(model, "generative")
         self.tokens_per_image = model.tokens_per_image
         self._rows, self.parts = rows, 1 if rows is None else row_parts(rows)
-        state, whole = programs.shardings(rows, mesh, model.llm.num_kv_heads)
-        inside = functools.partial(programs.inside, mesh)
         self.vocab_size = min(tokenizer.vocab_size, model.llm.vocab_size)
-        start = functools.partial(programs.start, graphdef)
-        self._start = jax.jit(start, static_argnums=(1, 2), out_shardings=state)
-        one_row = state if rows is None else None  # a single row cannot be split
-        self._repeat = jax.jit(programs.repeat, static_argnums=1, out_shardings=one_row)
-        self._lengthen = jax.jit(programs.lengthen, static_argnums=1, out_shardings=state)
-        self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=state)
-        self._extract = jax.jit(programs.extract, out_shardings=one_row)
-        self._prefill = jax.jit(
-            inside(functools.partial(programs.prefill, graphdef, self.vocab_size)),
-            donate_argnums=1,
-            out_shardings=state,
-        )
-        self._embed = jax.jit(
-            inside(lambda params, *args: build.merge(graphdef, params).embed(*args)), out_shardings=whole
-        )
-        self._score = jax.jit(
-            inside(functools.partial(programs.score, graphdef, self.vocab_size)), out_shardings=whole
-        )
-        self._decode = jax.jit(
-            inside(functools.partial(programs.decode, graphdef, self.vocab_size)),
-            donate_argnums=1,
-            static_argnames="size",
-            out_shardings=(state, whole),
+        self._programs = programs.build_programs(
+            model, self.vocab_size, head_columns(self._params), rows, mesh
         )
 
     def set_params(self, params: Mapping[str, Any]) -> None:
@@ -220,7 +195,9 @@ class Generator:
         slots = _ImageSlots(self.processor)
         slots.add(Chunk(np.zeros(count, np.int32), index, tuple(inputs), tiles))
         visual, images, valid, tile_array = _image_arrays([slots], index[None])
-        embeds = self._embed(self._params, np.zeros((1, count), np.int32), images, valid, visual, tile_array)
+        embeds = self._programs.embed(
+            self._params, np.zeros((1, count), np.int32), images, valid, visual, tile_array
+        )
         return np.asarray(embeds[0].mean(axis=0), np.float32)
 
     def start(self, rows: int, prefix: Chunk | None = None, *, size: int | None = None) -> Session:
@@ -270,7 +247,7 @@ class Session:
         self.rows = rows
         self.lengths = np.zeros(rows, np.int64)
         self._generator = generator
-        self._batch = min(_round_up(rows, 1), generator.batch_size)
+        self._batch = min(round_up(rows, 1), generator.batch_size)
         self._fixed = size is not None
         self._size = 0
         self._state: programs.State | None = None
@@ -281,9 +258,9 @@ class Session:
         """Copies the only row of `prefix` to all rows."""
         generator = self._generator
         self.lengths = np.repeat(prefix.lengths, self.rows)
-        state = generator._repeat(prefix._state, self._batch)
+        state = generator._programs.repeat(prefix._state, self._batch)
         if self._size > prefix._size:
-            state = generator._lengthen(state, self._size)
+            state = generator._programs.lengthen(state, self._size)
         self._state, self._size = state, max(self._size, prefix._size)
 
     def append(self, chunks: Sequence[Chunk | None]) -> None:
@@ -300,7 +277,7 @@ class Session:
         after = self.lengths + sizes
         self._grow(int(after.max()))
         arguments = self._chunk_arrays(chunks, sizes)
-        self._state = generator._prefill(
+        self._state = generator._programs.prefill(
             generator._params, self._state, self._padded(self.lengths), self._padded(sizes), *arguments
         )
         self.lengths = after
@@ -328,7 +305,7 @@ class Session:
         self._grow(int((self.lengths + sizes).max()))
         tokens, *_ = self._chunk_arrays(chunks, sizes)
         log_probs = jax.device_get(
-            generator._score(generator._params, self._state, self._padded(self.lengths), tokens)
+            generator._programs.score(generator._params, self._state, self._padded(self.lengths), tokens)
         )
         return [log_probs[row, : sizes[row]] for row in range(self.rows)]
 
@@ -368,7 +345,7 @@ class Session:
         self._grow(min(int((self.lengths + limits)[mask].max()), generator.max_length))
         each = [sampling] * self.rows if isinstance(sampling, Sampling) else list(sampling)
         each += [GREEDY] * (self._batch - self.rows)
-        self._state, out = generator._decode(
+        self._state, out = generator._programs.decode(
             generator._params,
             self._state,
             self._padded(self.lengths),
@@ -379,7 +356,7 @@ class Session:
             self._padded(stops),
             np.int32(min(self._size, generator.max_length)),
             np.int32(self._batch if until is None else until),
-            size=_round_up(int(limits.max()), _MIN_NEW),
+            size=round_up(int(limits.max()), MIN_NEW),
         )
         out = jax.device_get(out)
         self.lengths = self.lengths + out.counts[: self.rows]
@@ -391,9 +368,9 @@ class Session:
             rows = [list(one) for one in given if isinstance(one, Sequence)]
         else:
             rows = [list(given)] * self.rows
-        if len(rows) != self.rows or max(map(len, rows)) > _STOP_SLOTS:
-            raise ValueError(f"stop ids {given}: at most {_STOP_SLOTS}, for all rows or for each")
-        return np.asarray([row + [-1] * (_STOP_SLOTS - len(row)) for row in rows], np.int32)
+        if len(rows) != self.rows or max(map(len, rows)) > STOP_SLOTS:
+            raise ValueError(f"stop ids {given}: at most {STOP_SLOTS}, for all rows or for each")
+        return np.asarray([row + [-1] * (STOP_SLOTS - len(row)) for row in rows], np.int32)
 
     def _decoded(self, row: int, out: programs.Generated) -> Decoded:
         count = out.counts[row]
@@ -403,7 +380,7 @@ class Session:
 
     def _first_not_finite(self, row: int) -> str:
         """Names the first activation that is not finite, from the keys and values in the cache."""
-        cache = jax.device_get(self._generator._extract(self._state, row).cache)
+        cache = jax.device_get(self._generator._programs.extract(self._state, row).cache)
         bad = [~np.isfinite(np.asarray(x, np.float32)[:, 0, : self.lengths[row]]) for x in cache.values()]
         by_layer = np.any(bad, axis=(0, 3, 4))  # [layers, positions]
         if not by_layer.any():
@@ -419,7 +396,7 @@ class Session:
         """Replaces a row with the only row of another session, whose cache must not be longer."""
         if source.rows != 1 or source._size > self._size:
             raise ValueError(f"{source.rows} rows of {source._size} positions into {self._size}")
-        self._state = self._generator._insert(self._state, source._state, np.int32(row))
+        self._state = self._generator._programs.insert(self._state, source._state, np.int32(row))
         self.lengths[row] = source.lengths[0]
 
     def extract(self, row: int, size: int | None = None) -> Session:
@@ -428,11 +405,11 @@ class Session:
         single._state, single._size, single._fixed = self._copy(row), self._size, size is not None
         single.lengths = self.lengths[row : row + 1].copy()
         if size is not None and size > self._size:
-            single._state, single._size = self._generator._lengthen(single._state, size), size
+            single._state, single._size = self._generator._programs.lengthen(single._state, size), size
         return single
 
     def _copy(self, row: int) -> programs.State:
-        return self._generator._extract(self._state, np.int32(row))
+        return self._generator._programs.extract(self._state, np.int32(row))
 
     def rewind(self, row: int, length: int) -> None:
         """Forgets the positions of a row from `length` on; the row needs a chunk before it can generate."""
@@ -457,7 +434,7 @@ class Session:
     def _chunk_arrays(self, chunks: Sequence[Chunk | None], sizes: np.ndarray) -> tuple[Any, ...]:
         """Tokens [B, L], visual_index [B, L], and the arrays of `_image_arrays`, on their devices."""
         generator = self._generator
-        width = _round_up(int(sizes.max()), _MIN_CHUNK)
+        width = round_up(int(sizes.max()), MIN_CHUNK)
         tokens = np.zeros((self._batch, width), np.int32)
         visual = np.full((self._batch, width), -1, np.int32)
         slots = [_ImageSlots(generator.processor) for _ in range(generator.parts)]
@@ -488,18 +465,21 @@ class Session:
         if self._state is None:
             self._allocate(size)
         elif size > self._size:
-            self._state, self._size = self._generator._lengthen(self._state, size), size
+            self._state, self._size = self._generator._programs.lengthen(self._state, size), size
 
     def _allocate(self, size: int) -> None:
-        self._state, self._size = self._generator._start(self._generator._params, self._batch, size), size
+        self._state, self._size = (
+            self._generator._programs.start(self._generator._params, self._batch, size),
+            size,
+        )
 
 
 def cache_size(needed: int, max_length: int) -> int:
     """Positions of the cache of a dialogue that needs `needed`, one of a few sizes."""
-    return min(_round_up(needed, _MIN_CACHE), max(max_length, _MIN_CACHE))
+    return min(round_up(needed, _MIN_CACHE), max(max_length, _MIN_CACHE))
 
 
-def _round_up(value: int, least: int) -> int:
+def round_up(value: int, least: int) -> int:
     """The smallest 2^k or 3 * 2^k that is at least `value` and `least`."""
     wanted = max(value, least)
     power = 1 << (wanted - 1).bit_length()
@@ -549,7 +529,7 @@ def _image_arrays(parts: Sequence[_ImageSlots], visual: np.ndarray) -> tuple[np.
     counts = [len(part.images) for part in parts]
     if not any(counts):
         return None, None, None, None
-    slots, side = (len(parts), _round_up(max(counts), 1)), parts[0].side
+    slots, side = (len(parts), round_up(max(counts), 1)), parts[0].side
     images = np.zeros((*slots, side, side, 3), np.uint8)
     tiles = np.tile(np.asarray((0, *NO_GRID), np.int32), (*slots, 1))
     for group, part in enumerate(parts):

@@ -59,6 +59,11 @@ class Program:
     batch: Batch
     step: Any
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA options of the step."""
+        return compiler_options(self.config.compiler_options, self.mesh)
+
     @contextlib.contextmanager
     def context(self, whole_rows: bool = False) -> Iterator[None]:
         """Context for tracing; `whole_rows` does not split rows over devices, as for generation."""

@@ -381,8 +381,8 @@ class Session:
     def _first_not_finite(self, row: int) -> str:
         """Names the first activation that is not finite, from the keys and values in the cache."""
         cache = jax.device_get(self._generator._programs.extract(self._state, row).cache)
-        bad = [~np.isfinite(np.asarray(x, np.float32)[:, 0, : self.lengths[row]]) for x in cache.values()]
-        by_layer = np.any(bad, axis=(0, 3, 4))  # [layers, positions]
+        bad = [~np.isfinite(np.asarray(x, np.float32)[:, 0, :, : self.lengths[row]]) for x in cache.values()]
+        by_layer = np.any(bad, axis=(0, 2, 4))  # [layers, positions]
         if not by_layer.any():
             return "the logits are not finite, unlike all keys and values; check the last layer and the head"
         position = int(by_layer.any(axis=0).argmax())

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vilam3_jax.inference.sampling import RowSampling, choose
 from vilam3_jax.models import build
 from vilam3_jax.models.model_config import ModelConfig
+from vilam3_jax.runtime import chips
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.logical_axes import shard
 from vilam3_jax.sharding.weights import as_weight
@@ -59,7 +60,8 @@ def build_programs(
     one_row = state if rows is None else None  # a single row cannot be split
 
     def of_model(function: Callable[..., Any], *fixed: Any, **options: Any) -> Any:
-        return jax.jit(_inside(model, mesh, functools.partial(function, graphdef, *fixed)), **options)
+        traced = _inside(model, mesh, functools.partial(function, graphdef, *fixed))
+        return jax.jit(traced, compiler_options=compiler_options(mesh), **options)
 
     return Programs(
         start=jax.jit(functools.partial(start, graphdef), static_argnums=(1, 2), out_shardings=state),
@@ -76,6 +78,15 @@ def build_programs(
     )
 
 
+def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
+    """XLA options of the programs on the devices of a mesh, by default on JAX's default devices."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    chip = chips.of_kind(device.device_kind)
+    if chip is None or not chip.generation_vmem_kib:
+        return {}
+    return {"xla_tpu_scoped_vmem_limit_kib": chip.generation_vmem_kib}
+
+
 def _shardings(rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int, columns: int) -> tuple[Any, Any]:
     """Shardings of the state of a session, and of outputs that every process reads."""
     mesh = rows.mesh if rows is not None else mesh  # type: ignore[assignment]
@@ -84,7 +95,7 @@ def _shardings(rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int, col
     of_rows = PartitionSpec() if rows is None else rows.spec
     batch = of_rows[0] if len(of_rows) else None
     heads, vocab = (None if size % mesh.shape["tensor"] else "tensor" for size in (kv_heads, columns))
-    cached = NamedSharding(mesh, PartitionSpec(None, batch, None, heads))  # [layers, rows, size, heads, ...]
+    cached = NamedSharding(mesh, PartitionSpec(None, batch, heads))  # [layers, rows, heads, ...]
     each = NamedSharding(mesh, PartitionSpec(batch, vocab))
     return State({"k": cached, "v": cached}, each, each), NamedSharding(mesh, PartitionSpec())
 
@@ -112,7 +123,7 @@ class State(NamedTuple):
     """What a session holds on the devices.
 
     Attributes:
-      cache: k and v, each [layers, B, size, kv heads, head dim].
+      cache: k and v, each [layers, B, kv heads, size, head dim].
       logits: float32 [B, V'], of the next token; -inf for ids outside the tokenizer's vocabulary.
       held: bool [B, V'], tokens of the dialogue so far.
     """
@@ -151,7 +162,7 @@ def lengthen(state: State, size: int) -> State:
     """Pads the cache to `size` positions."""
 
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0)))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3]), (0, 0)))
 
     return state._replace(cache=jax.tree.map(pad, state.cache))
 

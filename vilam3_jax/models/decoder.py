@@ -23,6 +23,7 @@ from vilam3_jax.ops.attention import MaskInfo, attention
 from vilam3_jax.runtime import compat
 from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding.logical_axes import shard
+from vilam3_jax.sharding.matmul import at_least_sublanes
 from vilam3_jax.sharding.weights import as_weight
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -291,8 +292,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> float32 [..., V]; for generation, which needs few positions."""
-        kernel = as_weight(self.head_kernel()).value
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel = as_weight(self.head_kernel()).value.astype(hidden.dtype)
+        lead, rows = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
+        logits = jnp.matmul(at_least_sublanes(rows), kernel, preferred_element_type=jnp.float32)
+        return logits[: len(rows)].reshape(*lead, -1)
 
     def __call__(self, embeds: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Packed rows without a cache: [B, L, D] -> [B, L, D] after the final norm.
@@ -321,8 +324,9 @@ class Decoder(nnx.Module):
         return self.final_norm(scan_layers(body, x, params, self.kinds))
 
     def init_cache(self, batch: int, size: int, dtype: Any = None) -> Cache:
-        """Empty cache: k and v, each [layers, batch, size, kv heads, head dim]."""
-        shape = (len(self.kinds), batch, size, *self.cache_shape)
+        """Empty cache: k and v, each [layers, batch, kv heads, size, head dim], as attention reads them."""
+        kv_heads, head_dim = self.cache_shape
+        shape = (len(self.kinds), batch, kv_heads, size, head_dim)
         dtype = self.dtype if dtype is None else dtype
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
@@ -347,7 +351,7 @@ class Decoder(nnx.Module):
         graphdef, params = compat.split(self.layers)
         ropes = self._ropes(positions)
         slots = write_at[:, None] + jnp.arange(embeds.shape[1])[None]
-        rows = jnp.arange(embeds.shape[0])[:, None]
+        rows, heads = jnp.arange(embeds.shape[0])[:, None, None], jnp.arange(self.cache_shape[0])[:, None]
 
         # The cache is a carry of the scan, not scanned over, so that each layer writes in place.
         def body(carry: tuple[jax.Array, Cache], layer: Any, kind: LayerKind) -> tuple[jax.Array, Cache]:
@@ -357,11 +361,15 @@ class Decoder(nnx.Module):
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
                 # 'drop': padding may lie beyond the cache, and clamping would overwrite real slots.
                 written = {
-                    "k": cache["k"].at[index, rows, slots].set(k.astype(cache["k"].dtype), mode="drop"),
-                    "v": cache["v"].at[index, rows, slots].set(v.astype(cache["v"].dtype), mode="drop"),
+                    name: cache[name]
+                    .at[index, rows, heads, slots[:, None]]
+                    .set(x.astype(cache[name].dtype).swapaxes(1, 2), mode="drop")
+                    for name, x in (("k", k), ("v", v))
                 }
-                keys = jax.lax.dynamic_index_in_dim(written["k"], index, keepdims=False).astype(q.dtype)
-                values = jax.lax.dynamic_index_in_dim(written["v"], index, keepdims=False).astype(q.dtype)
+                keys, values = (
+                    jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(q.dtype).swapaxes(1, 2)
+                    for x in (written["k"], written["v"])
+                )
                 where: dict[str, Any] = dict(q_positions=slots, kv_positions=jnp.arange(keys.shape[1])[None])
                 mask = MaskInfo(**where, causal=True, window=kind.window)
                 return attention(q, keys, values, mask, scale=self.attention_scale), written

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from vilam3_jax.errors import UserError
 from vilam3_jax.plan.topology import Topology
 from vilam3_jax.runtime import paths
-from vilam3_jax.training.chips import GIB
+from vilam3_jax.runtime.chips import GIB
 
 
 class Lowerable(Protocol):

@@ -14,11 +14,11 @@ import numpy as np
 from vilam3_jax.plan import hlo
 from vilam3_jax.plan.compiler import Cache
 from vilam3_jax.plan.topology import Topology
+from vilam3_jax.runtime.chips import Chip
 from vilam3_jax.runtime.settings import flatten
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import flops as flops_lib
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training.chips import Chip
 from vilam3_jax.training.run_config import RunConfig
 
 

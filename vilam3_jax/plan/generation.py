@@ -141,7 +141,11 @@ class Program:
     jitted: Any
     arguments: tuple[Any, ...]
     static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """See `programs.compiler_options`."""
+        return programs.compiler_options(self.mesh)
 
     def lower(self) -> Any:
         """Traces the program."""

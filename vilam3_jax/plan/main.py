@@ -24,7 +24,7 @@ from vilam3_jax.plan.estimate import Plan
 from vilam3_jax.plan.generation import GenerationPlan, Workload
 from vilam3_jax.plan.topology import Topology
 from vilam3_jax.runtime import paths
-from vilam3_jax.training.chips import GIB
+from vilam3_jax.runtime.chips import GIB
 from vilam3_jax.training.run_config import RunConfig
 
 

@@ -23,10 +23,11 @@ from vilam3_jax.models import build as build_lib
 from vilam3_jax.models import param_paths
 from vilam3_jax.ops import quantized
 from vilam3_jax.ops.attention import backends
+from vilam3_jax.runtime import chips
 from vilam3_jax.sharding import logical_axes, weights
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.tasks import TASKS, Task
-from vilam3_jax.training import chips, frozen_kernels, initialization, train_state
+from vilam3_jax.training import frozen_kernels, initialization, train_state
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import step as step_lib
 from vilam3_jax.training.run_config import RunConfig

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax.inference.sampling import RowSampling, choose
-from vilam3_jax.models import build
+from vilam3_jax.models import build, kv_cache
 from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.runtime import chips
 from vilam3_jax.sharding import logical_axes
@@ -29,7 +29,7 @@ class Programs:
 
     Attributes:
       repeat, lengthen, insert, extract: the functions of this module.
-      start, prefill, score, decode, embed: the same, without `graphdef` and `vocab_size`.
+      start, encode, prefill, score, decode: the same, without their leading, fixed arguments.
     """
 
     start: Any
@@ -40,11 +40,16 @@ class Programs:
     prefill: Any
     score: Any
     decode: Any
-    embed: Any
+    encode: Any
 
 
 def build_programs(
-    model: ModelConfig, vocab_size: int, columns: int, rows: NamedSharding | None, mesh: Mesh | None
+    model: ModelConfig,
+    vocab_size: int,
+    columns: int,
+    cache_dtype: Any,
+    rows: NamedSharding | None,
+    mesh: Mesh | None,
 ) -> Programs:
     """Jits the programs; nothing is traced or compiled before the first call.
 
@@ -52,11 +57,12 @@ def build_programs(
       model: section `model` of a config.
       vocab_size: V, tokens that can be generated.
       columns: V' of the head, at least V.
+      cache_dtype: type of a cache, see `kv_cache`.
       rows: sharding of the rows of a session, see `Generator`.
       mesh: mesh of the parameters if rows are not split over it.
     """
     graphdef, _ = build.abstract_model(model, "generative")
-    state, whole = _shardings(rows, mesh, model.llm.num_kv_heads, columns)
+    state, whole = _shardings(rows, mesh, model.llm.num_kv_heads, columns, cache_dtype)
     one_row = state if rows is None else None  # a single row cannot be split
 
     def of_model(function: Callable[..., Any], *fixed: Any, **options: Any) -> Any:
@@ -64,7 +70,9 @@ def build_programs(
         return jax.jit(traced, compiler_options=compiler_options(mesh), **options)
 
     return Programs(
-        start=jax.jit(functools.partial(start, graphdef), static_argnums=(1, 2), out_shardings=state),
+        start=jax.jit(
+            functools.partial(start, graphdef, cache_dtype), static_argnums=(1, 2), out_shardings=state
+        ),
         repeat=jax.jit(repeat, static_argnums=1, out_shardings=one_row),
         lengthen=jax.jit(lengthen, static_argnums=1, out_shardings=state),
         insert=jax.jit(insert, donate_argnums=0, out_shardings=state),
@@ -74,7 +82,7 @@ def build_programs(
         decode=of_model(
             decode, vocab_size, donate_argnums=1, static_argnames="size", out_shardings=(state, whole)
         ),
-        embed=of_model(embed, out_shardings=whole),
+        encode=of_model(encode, out_shardings=whole if rows is None else rows),
     )
 
 
@@ -87,7 +95,9 @@ def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
     return {"xla_tpu_scoped_vmem_limit_kib": chip.generation_vmem_kib}
 
 
-def _shardings(rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int, columns: int) -> tuple[Any, Any]:
+def _shardings(
+    rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int, columns: int, cache_dtype: Any
+) -> tuple[Any, Any]:
     """Shardings of the state of a session, and of outputs that every process reads."""
     mesh = rows.mesh if rows is not None else mesh  # type: ignore[assignment]
     if mesh is None:
@@ -95,9 +105,10 @@ def _shardings(rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int, col
     of_rows = PartitionSpec() if rows is None else rows.spec
     batch = of_rows[0] if len(of_rows) else None
     heads, vocab = (None if size % mesh.shape["tensor"] else "tensor" for size in (kv_heads, columns))
-    cached = NamedSharding(mesh, PartitionSpec(None, batch, heads))  # [layers, rows, heads, ...]
+    specs = kv_cache.partition_specs(cache_dtype, batch, heads)
+    cache = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     each = NamedSharding(mesh, PartitionSpec(batch, vocab))
-    return State({"k": cached, "v": cached}, each, each), NamedSharding(mesh, PartitionSpec())
+    return State(cache, each, each), NamedSharding(mesh, PartitionSpec())
 
 
 def _inside(model: ModelConfig, mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +134,7 @@ class State(NamedTuple):
     """What a session holds on the devices.
 
     Attributes:
-      cache: k and v, each [layers, B, kv heads, size, head dim].
+      cache: see `models.kv_cache`.
       logits: float32 [B, V'], of the next token; -inf for ids outside the tokenizer's vocabulary.
       held: bool [B, V'], tokens of the dialogue so far.
     """
@@ -143,12 +154,14 @@ class Generated(NamedTuple):
     finite: Any
 
 
-def start(graphdef: Any, params: Any, rows: int, size: int) -> State:
+def start(graphdef: Any, cache_dtype: Any, params: Any, rows: int, size: int) -> State:
     """An empty cache."""
     llm = build.merge(graphdef, params).llm
     vocab = as_weight(llm.head_kernel()).value.shape[1]
     return State(
-        llm.init_cache(rows, size), jnp.zeros((rows, vocab), jnp.float32), jnp.zeros((rows, vocab), bool)
+        llm.init_cache(rows, size, cache_dtype),
+        jnp.zeros((rows, vocab), jnp.float32),
+        jnp.zeros((rows, vocab), bool),
     )
 
 
@@ -160,11 +173,7 @@ def repeat(state: State, rows: int) -> State:
 
 def lengthen(state: State, size: int) -> State:
     """Pads the cache to `size` positions."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3]), (0, 0)))
-
-    return state._replace(cache=jax.tree.map(pad, state.cache))
+    return state._replace(cache=kv_cache.lengthen(state.cache, size))
 
 
 def insert(state: State, single: State, row: jax.Array) -> State:
@@ -183,11 +192,6 @@ def extract(state: State, row: jax.Array) -> State:
     return State(cache, *(jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (state.logits, state.held)))
 
 
-def embed(graphdef: Any, params: Any, *args: Any) -> jax.Array:
-    """Embeddings [B, L, D]; arguments are those of `Vila.embed`."""
-    return build.merge(graphdef, params).embed(*args)
-
-
 def next_logits(model: Any, hidden: jax.Array, vocab_size: int) -> jax.Array:
     """Float32 [..., V'] of hidden [..., D]; -inf for ids outside the tokenizer's vocabulary."""
     logits = model.llm.logits(hidden)
@@ -196,19 +200,27 @@ def next_logits(model: Any, hidden: jax.Array, vocab_size: int) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
+def encode(
+    graphdef: Any, params: Any, images: jax.Array, image_valid: jax.Array, image_tiles: jax.Array | None
+) -> jax.Array:
+    """The image tokens that `prefill` inserts, [G, M*T, D]; see `Vila.visual_tokens`."""
+    return build.merge(graphdef, params).visual_tokens(images, image_valid, image_tiles)
+
+
 def prefill(
     graphdef: Any, vocab_size: int, params: Any, state: State, lengths: jax.Array, sizes: jax.Array,
-    tokens: jax.Array, visual: jax.Array | None, images: jax.Array | None, image_valid: jax.Array | None,
-    image_tiles: jax.Array | None,
+    tokens: jax.Array, visual_index: jax.Array | None, visual: jax.Array | None,
 ) -> State:  # fmt: skip
     """Appends a padded chunk to the cache; rows with size 0 keep their logits."""
     model = build.merge(graphdef, params)
-    embeds = model.embed(tokens, images, image_valid, visual, image_tiles)
+    embeds = model.insert(tokens, visual_index, visual)
     steps = jnp.arange(tokens.shape[1])[None]
     hidden, cache = model.llm.forward_cached(embeds, lengths[:, None] + steps, state.cache, lengths)
     last = jnp.take_along_axis(hidden, jnp.maximum(sizes - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = jnp.where((sizes > 0)[:, None], next_logits(model, last, vocab_size), state.logits)
-    is_text = steps < sizes[:, None] if visual is None else (steps < sizes[:, None]) & (visual < 0)
+    is_text = steps < sizes[:, None]
+    if visual_index is not None:
+        is_text &= visual_index < 0
     # A row without positions is a new dialogue.
     held = state.held & (lengths > 0)[:, None]
     return State(cache, logits, hold(held, jnp.where(is_text, tokens, held.shape[1])))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from vilam3_jax.data.image_processor import image_processor
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import generate, placement, programs
 from vilam3_jax.inference.sampling import GREEDY, RowSampling
-from vilam3_jax.models import param_paths
+from vilam3_jax.models import kv_cache, param_paths
 from vilam3_jax.models.model_config import ModelConfig
 from vilam3_jax.plan import estimate, hlo
 from vilam3_jax.plan.compiler import Cache, Compiled
@@ -158,7 +158,11 @@ class Generation:
     Attributes:
       params: nested ShapeDtypeStructs.
       state: of all slots.
-      decode, prefill: of all slots, and of one prompt.
+      positions: size of the cache.
+      decode: all slots.
+      encode: the images of one prompt; None without images.
+      prefill: the first part of one prompt; later ones cost at most as much, as all read the whole cache.
+      parts: number of parts of a prompt.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, workload: Workload):
@@ -169,17 +173,26 @@ class Generation:
         """
         self.mesh, self.model, self.workload = mesh, model, workload
         self.params = placement.abstract_params(model, mesh)
-        columns = placement.head_columns(self.params)
-        jitted = programs.build_programs(model, model.llm.vocab_size, columns, None, mesh)
+        columns, dtype = placement.head_columns(self.params), kv_cache.dtype_of(model.dtype)
+        jitted = programs.build_programs(model, model.llm.vocab_size, columns, dtype, None, mesh)
         self.positions = generate.cache_size(workload.prompt + workload.answer, model.llm.max_positions)
         self.state, row = (
             jitted.start.eval_shape(self.params, rows, self.positions) for rows in (workload.slots, 1)
         )
         self.decode = Program(
-            mesh, jitted.decode, (self.params, self.state, *self._decode_arguments()),
+            mesh,
+            jitted.decode,
+            (self.params, self.state, *self._decode_arguments()),
             {"size": generate.round_up(1, generate.MIN_NEW)},
-        )  # fmt: skip
-        self.prefill = Program(mesh, jitted.prefill, (self.params, row, *self._prompt()))
+        )
+        self.encode, visual = None, None
+        if workload.images:
+            self.encode = Program(mesh, jitted.encode, (self.params, *self._images()))
+            visual = jitted.encode.eval_shape(*self.encode.arguments)
+        widths = generate.part_widths(workload.prompt)
+        self.parts, tokens, one = len(widths), _shape((1, widths[0])), _shape((1,))
+        index = None if visual is None else tokens
+        self.prefill = Program(mesh, jitted.prefill, (self.params, row, one, one, tokens, index, visual))
 
     def _decode_arguments(self) -> tuple[Any, ...]:
         rows = self.workload.slots
@@ -187,15 +200,11 @@ class Generation:
         lengths, active, stops = _shape((rows,)), _shape((rows,), bool), _shape((rows, generate.STOP_SLOTS))
         return lengths, active, lengths, sampling, None, stops, _shape(()), _shape(())
 
-    def _prompt(self) -> tuple[Any, ...]:
-        workload, processor = self.workload, image_processor(self.model)
-        tokens = _shape((1, generate.round_up(workload.prompt, generate.MIN_CHUNK)))
-        if not workload.images:
-            return _shape((1,)), _shape((1,)), tokens, None, None, None, None
-        inputs = (1, generate.round_up(workload.images, 1))
+    def _images(self) -> tuple[Any, ...]:
+        processor = image_processor(self.model)
+        inputs = (1, generate.round_up(self.workload.images, 1))
         images = _shape((*inputs, processor.size, processor.size, 3), np.uint8)
-        tiles = _shape((*inputs, 5)) if processor.sides else None
-        return _shape((1,)), _shape((1,)), tokens, tokens, images, _shape(inputs, bool), tiles
+        return images, _shape(inputs, bool), _shape((*inputs, 5)) if processor.sides else None
 
     def bytes_per_token(self) -> float:
         """Weights and cache, in bytes, that a device reads for a token in every slot."""
@@ -226,8 +235,11 @@ def make_plan(
     devices = topology.devices()
     mesh = mesh_lib.build_mesh(MeshConfig(data=1, fsdp=1, tensor=len(devices)), devices)
     generation = Generation(model, mesh, workload)
-    decode = cache.compile(generation.decode, topology)
-    prefill = cache.compile(generation.prefill, topology)
+    compiled = _Compiled(
+        decode=cache.compile(generation.decode, topology),
+        prefill=cache.compile(generation.prefill, topology),
+        encode=None if generation.encode is None else cache.compile(generation.encode, topology),
+    )
     plan = GenerationPlan(
         model=model.name,
         topology=topology.name,
@@ -236,60 +248,71 @@ def make_plan(
         devices=len(devices),
         workload=workload,
         positions=generation.positions,
-        memory=_memory(generation, topology, decode, prefill),
+        memory=_memory(generation, topology, compiled),
     )
     if not plan.memory.fits:
         return plan
-    return _with_speed(plan, generation, topology, decode.text, prefill.text, price)
+    return _with_speed(plan, generation, topology, compiled, price)
 
 
-def _memory(generation: Generation, topology: Topology, decode: Compiled, prefill: Compiled) -> Memory:
-    chip, state = topology.chip, generation.state
-    weights, cache, slots = (estimate.shard_bytes(x) for x in (generation.params, state.cache, state))
-    totals = decode.needed, prefill.needed + slots  # prompts are read while the slots wait
-    return Memory(
-        *(
-            chip.devices * size
-            for size in (weights, cache, totals[0] - weights - cache, totals[1] - weights - cache)
-        ),
-        chip.devices * max(totals),
-        chip.devices * (decode.limit or prefill.limit) or chip.hbm_bytes,
+class _Compiled(NamedTuple):
+    decode: Compiled
+    prefill: Compiled
+    encode: Compiled | None
+
+
+def _memory(generation: Generation, topology: Topology, compiled: _Compiled) -> Memory:
+    """All weights and slots stay on the chip; a program does not count the weights that it does not use."""
+    chip = topology.chip
+    weights, cache, slots = (
+        estimate.shard_bytes(x) for x in (generation.params, generation.state.cache, generation.state)
     )
+    tower = sum(estimate.shard_bytes(generation.params[part]) for part in ("vision_tower", "projector"))
+    to_decode = compiled.decode.needed + tower - weights - cache
+    to_read = compiled.prefill.needed + tower + slots - weights - cache
+    if compiled.encode is not None:
+        to_read = max(to_read, compiled.encode.needed - tower + slots - cache)
+    found = [compiled.decode, compiled.prefill, *([compiled.encode] if compiled.encode else [])]
+    limit = max(one.limit for one in found)
+    parts = weights, cache, to_decode, to_read, weights + cache + max(to_decode, to_read)
+    return Memory(*(chip.devices * size for size in parts), chip.devices * limit or chip.hbm_bytes)
 
 
 def _with_speed(
     plan: GenerationPlan,
     generation: Generation,
     topology: Topology,
-    decode: str,
-    prefill: str,
+    compiled: _Compiled,
     price: float | None,
 ) -> GenerationPlan:
     chip, workload, devices = topology.chip, plan.workload, list(generation.mesh.devices.flat)
     # The loop over tokens is the only one whose trips depend on data.
     once, greedy, sampled = (
-        hlo.read(decode, dynamic_trips=trips, costliest_branch=costliest)
+        hlo.read(compiled.decode.text, dynamic_trips=trips, costliest_branch=costliest)
         for trips, costliest in ((0, False), (1, False), (1, True))
     )
     largest = max((item.payload for item, _ in greedy.collectives), default=0.0)
     extra = estimate.speed(sampled, topology, devices).worst - estimate.speed(greedy, topology, devices).worst
     greedy.add(once, -1)
-    token, first, prompt = (
-        estimate.speed(cost, topology, devices) for cost in (greedy, once, hlo.read(prefill))
-    )
+    prompt = hlo.Cost()
+    prompt.add(hlo.read(compiled.prefill.text), generation.parts)
+    if compiled.encode is not None:
+        prompt.add(hlo.read(compiled.encode.text))
+    token, first, reading = (estimate.speed(cost, topology, devices) for cost in (greedy, once, prompt))
     read = generation.bytes_per_token()
-    reading = read / (chip.hbm_bandwidth / chip.devices)
-    steps, reading_prompt, choosing = (np.array([part.best, part.worst]) for part in (token, prompt, first))
-    to_first = reading_prompt + choosing
+    steps, choosing, to_first = (np.array([one.best, one.worst]) for one in (token, first, reading))
+    to_first = to_first + choosing
     answer = to_first + workload.answer * steps / workload.slots
     return dataclasses.replace(
         plan,
         token=token,
         sampled=extra,
-        prefill=prompt,
+        prefill=reading,
         first=first,
         read_bytes=chip.devices * read,
-        bandwidth_share=reading / (token.cycles / chip.clock + token.kernels),
+        bandwidth_share=read
+        / (chip.hbm_bandwidth / chip.devices)
+        / (token.cycles / chip.clock + token.kernels),
         largest_transfer=chip.devices * largest,
         seconds_per_token=_pair(steps),
         time_to_first_token=_pair(to_first),

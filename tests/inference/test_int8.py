@@ -204,7 +204,7 @@ def test_decoding_makes_no_float_copy_of_the_weights(model_config, tokenizer_dir
         sampling, stops = RowSampling.of([GREEDY] * 2), np.zeros((2, 8), np.int32)
         until = np.int32(2), np.int32(2)
         arguments = (rows, rows > 0, rows, sampling, None, stops, *until)
-        lowered = generator._decode.lower(generator._params, session._state, *arguments, size=32)
+        lowered = generator._programs.decode.lower(generator._params, session._state, *arguments, size=32)
         return lowered.compile().memory_analysis()
 
     plain, in_int8 = memory("float32"), memory("int8")

@@ -273,7 +273,7 @@ class Assistant:
             )
             for role, one in (image if isinstance(image, Mapping) else {"": image}).items()
         ]
-        _check_grid(scans)
+        check_grid(scans)
         return scans
 
     def _reply(self, transcript: Transcript, new_scans: Sequence[Scan]) -> Reply:
@@ -402,7 +402,7 @@ def host_command(setting: str, *, required: bool) -> list[str]:
     return []
 
 
-def _check_grid(scans: Sequence[Scan]) -> None:
+def check_grid(scans: Sequence[Scan]) -> None:
     """Raises UserError if there are no scans, or if the scans show different slices."""
     if not scans:
         raise UserError("no image was given; pass an image, or a dict from role to image")

@@ -25,6 +25,7 @@ from vilam3_jax.serving.service import Settings
 _LOG = logging.getLogger(__name__)
 _BODY_SECONDS = 60.0
 _UPLOAD_SECONDS = 900.0
+_SEND_SECONDS = 60.0  # in which a client must read on
 _UPLOAD_SLACK = 1 << 20  # bytes of a form around its file
 PAGE_PATH = "/page/"
 _OPEN_PATHS = ("/", "/healthz")  # without an API key, as the page, which asks for one
@@ -45,7 +46,7 @@ T = TypeVar("T")
 
 
 class ClientLeft(Exception):
-    """The client closed the connection before its answer."""
+    """The client closed the connection before its answer, or stopped reading."""
 
 
 class Observer:
@@ -72,7 +73,11 @@ class Observer:
                     headers.setdefault(name, value)
                 is_page = headers.get("content-type", "").startswith("text/html")
                 headers.setdefault("Content-Security-Policy", _PAGE_POLICY if is_page else _API_POLICY)
-            await send(message)
+            try:
+                async with asyncio.timeout(_SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                raise ClientLeft from None
 
         try:
             await self._app(scope, receive, observed)

@@ -9,12 +9,15 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.assistant import NOT_CLINICAL, host_command, load
 from vilam3_jax.runtime import paths
+from vilam3_jax.serving.samples import samples_of
 
 _LOG = logging.getLogger(__name__)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -45,7 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--annotations", help="annotation store, which is preferred to the expert host")
     add("--expert_host", default="auto", help="auto (the installed vilam3-experts), off, or a command")
     add("--expert_weights", help="folder of the experts' weights, for the host")
+    add("--samples", help="folder of images that the page offers")
     add("--text", default="", help=TEXT_HELP)
+    add(
+        "--no_warm_up",
+        action="store_true",
+        help="listen at once; the first question of each length then waits for the compiler",
+    )
     add("--slots", type=int, default=8, help="dialogues that are decoded together (default: 8)")
     add("--queue", type=int, default=64, help="requests that may wait or run; more get a 429 (default: 64)")
     add("--deadline", type=float, default=300, help="seconds for an answer, then a 504 (default: 300)")
@@ -117,6 +126,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     keys = _keys(options.api_key_file)
+    samples = samples_of(options.samples) if options.samples else ()
     try:
         from vilam3_jax.serving.app import make_server
         from vilam3_jax.serving.service import Service, Settings
@@ -136,6 +146,7 @@ def main(argv: Sequence[str]) -> int:
         cors_origins=tuple(options.cors_origin),
         keys=keys,
         # Without keys, a web page must not reach the server under a name of its own.
+        samples=samples,
         hosts=() if keys or not _is_local(options.host) else (*_LOCAL, options.host),
     )
     with _bound(options.host, options.port) as listener, contextlib.ExitStack() as stack:
@@ -153,17 +164,26 @@ def main(argv: Sequence[str]) -> int:
         wanted = bool(options.annotations) or options.expert_host not in ("auto", "off")
         found = bool(assistant.cards and host_command(options.expert_host, required=False))
         service = stack.enter_context(Service(assistant, settings, experts=wanted or found))
+        # Orbax, by way of absl, gives the root logger a handler, which would print every line again.
+        logging.getLogger("vilam3_jax").propagate = False
+        signal.signal(signal.SIGTERM, _end)  # so that the service is closed
+        if not options.no_warm_up:
+            started = time.monotonic()
+            service.warm_up(lambda line: _LOG.info("warm-up: %s", line))
+            _LOG.info("warm-up: done after %.0f s", time.monotonic() - started)
         experts = "with experts" if service.experts else "without experts"
         server = make_server(service)
         # uvicorn drains at these signals, and raises them again at its end.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        # Orbax, by way of absl, gives the root logger a handler, which would print every line again.
-        logging.getLogger("vilam3_jax").propagate = False
         listener.listen()
         _LOG.info("%s is served at %s, %s. %s", name, _url(listener), experts, NOT_CLINICAL)
         server.run(sockets=[listener])
     return 0
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -76,7 +76,12 @@ def test_several_clients_at_once(server):
     assert len(set(found)) == 8 and one(3) == found[3]
 
 
-def test_a_client_that_leaves_frees_its_slot(small, slow):
+def test_a_client_that_leaves_frees_its_slot(small, slow, caplog):
+    with httpx.stream(
+        "POST", f"{small.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=60
+    ) as stream:
+        next(stream.iter_lines())
+    eventually(lambda: small.service.load == 0, seconds=60)  # what has to be compiled is
     for body in (LONG, {**LONG, "stream": True}):
         with httpx.Client(timeout=60) as client:
             if body.get("stream"):
@@ -88,6 +93,9 @@ def test_a_client_that_leaves_frees_its_slot(small, slow):
                     client.post(f"{small.url}/v1/chat/completions", json=body, timeout=0.5)
         eventually(lambda: small.service.load == 0, seconds=3)
     assert post(small, BODY).status_code == 200
+    text = httpx.get(f"{small.url}/metrics").text
+    assert 'route="/v1/chat/completions",status="499"' in text and 'status="500"' not in text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_full_queue(small, slow):

@@ -11,6 +11,7 @@ from vilam3_jax.inference.images import open_image
 from vilam3_jax.serving import warm_up
 from vilam3_jax.serving.engine import Engine, EngineError
 
+QUESTION = warm_up._QUESTION
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -32,19 +33,20 @@ def test_typical_questions_compile_nothing_after_it(export, world, compiled):
     options = dict(annotations=world.annotations, expert_host="off", max_length=1024, batch_size=2)
     with Assistant(export, **options) as fresh, Engine(fresh.generator) as engine:
         lines = []
-        warm_up.run(fresh, engine, experts=True, tell=lines.append)
-        assert len(lines) == 5 and "up to 256 positions (1 of 5)" in lines[0] and len(compiled) > 20
+        warm_up.run(fresh, engine, experts=True, max_new_tokens=300, tell=lines.append)
+        assert len(lines) == 4 and lines[0] == "questions about an image, with experts (1 of 4)"
+        assert len(compiled) > 20
         del compiled[:]
         processor = fresh.generator.processor
         scan = open_image(world.film, processor.kept_size, preprocessing=processor.preprocessing)
         for experts in (True, False):
             for scans in ((scan,), ()):
-                for limit in (16, 300):
-                    asked = dict(scans=scans, experts=experts, max_new_tokens=limit)
-                    engine.submit(fresh.script("Does this film show pneumonia?", **asked)).result(60)
-                earlier = fresh.replay([(Query("Is it?", scans), "No, it is not.")], experts=experts)
-                script = fresh.script("Why?", earlier=earlier, experts=experts, max_new_tokens=16)
-                engine.submit(script).result(60)
+                for limit in (64, 300):
+                    asked = dict(experts=experts, max_new_tokens=limit)
+                    first = engine.submit(fresh.script(QUESTION, scans=scans, **asked)).result(60)
+                    assert len(first.answer) > 10
+                    earlier = fresh.replay([(Query(QUESTION, scans), warm_up._ANSWER)], experts=experts)
+                    engine.submit(fresh.script(QUESTION, earlier=earlier, **asked)).result(60)
         assert not compiled
 
 
@@ -55,4 +57,4 @@ def test_a_model_that_fails_is_not_served(assistant, monkeypatch):
     with Engine(assistant.generator) as engine:
         monkeypatch.setattr("vilam3_jax.inference.batching.Batcher._decode", fails)
         with pytest.raises(EngineError):
-            warm_up.run(assistant, engine, experts=False, tell=lambda _: None)
+            warm_up.run(assistant, engine, experts=False, max_new_tokens=8, tell=lambda _: None)

@@ -262,6 +262,10 @@ class Api:
         """The response of an error that an endpoint raised."""
         return error_response(self._refusal(request, error))
 
+    async def left(self, *_: object) -> Response:
+        """Ends a request whose client left; the status is for the log and the metrics."""
+        return Response(status_code=http.CLIENT_LEFT)
+
     async def refuse_http(self, request: Request, error: Exception) -> Response:
         """The response of an error of the framework: no such route, wrong method, malformed form."""
         assert isinstance(error, HTTPException)
@@ -464,7 +468,12 @@ def make_app(service: Service) -> ASGIApp:
     app: ASGIApp = Starlette(
         routes=api.routes(),
         lifespan=lifespan,
-        exception_handlers={HTTPException: api.refuse_http, UserError: api.refuse, Exception: api.refuse},
+        exception_handlers={
+            HTTPException: api.refuse_http,
+            http.ClientLeft: api.left,
+            UserError: api.refuse,
+            Exception: api.refuse,
+        },
     )
     settings = service.settings
     app = http.Guard(

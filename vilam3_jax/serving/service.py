@@ -140,7 +140,8 @@ class Service:
 
     def warm_up(self, tell: Callable[[str], None]) -> None:
         """Compiles what typical questions need; `tell` receives lines about its progress."""
-        warm_up.run(self.assistant, self.engine, experts=self.experts, tell=tell)
+        limit = min(self.settings.max_new_tokens, self.max_length)
+        warm_up.run(self.assistant, self.engine, experts=self.experts, max_new_tokens=limit, tell=tell)
 
     async def answer(
         self, check: Callable[[], Ask], owner: str, name: str, *, stream: bool

@@ -1,14 +1,15 @@
 """Compiles the programs of typical questions before clients ask the first one.
 
 A program belongs to a size of the cache and a length of what is read, both rounded up to a few sizes (see
-`inference.generate`). In every size, questions are asked with a blank image and without, with experts and
-without, as a first question, as a follow-up, and in a fixed form. Each answer ends at its first token.
+`inference.generate`). Questions are asked with a blank image and without, with experts and without, as a first
+question and as a follow-up, with the server's limit of new tokens and with a short one. Each answer ends at its
+first token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,43 +17,74 @@ from vilam3_jax.inference import batching
 from vilam3_jax.inference.agent import Query
 from vilam3_jax.inference.assistant import Assistant, Reply
 from vilam3_jax.inference.constraints import AnswerForm
-from vilam3_jax.inference.generate import Chunk, cache_size
-from vilam3_jax.inference.images import open_image
+from vilam3_jax.inference.images import Scan, open_image
 from vilam3_jax.serving.engine import Engine
 
+_SHORT = 64  # new tokens of a request that states a limit
 _QUESTION = "Is there anything abnormal in this image?"
 _ANSWER = "There is a small round opacity in the upper part of this image, and nothing else that is abnormal."
 
 
-def run(assistant: Assistant, engine: Engine, *, experts: bool, tell: Callable[[str], None]) -> None:
-    """Asks the questions of the module; `tell` receives a line before each size.
+def run(
+    assistant: Assistant,
+    engine: Engine,
+    *,
+    experts: bool,
+    max_new_tokens: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Asks the questions of the module; `tell` receives a line before each kind.
+
+    Args:
+      assistant: the model.
+      engine: its engine.
+      experts: whether the model may call experts.
+      max_new_tokens: the server's limit.
+      tell: see above.
 
     Raises what the engine raises: a model that cannot answer these cannot serve.
     """
-    longest = assistant.generator.max_length
-    sizes = sorted({cache_size(length, longest) for length in range(1, longest + 1)})
-    for place, size in enumerate(sizes, start=1):
-        tell(f"compiling for dialogues of up to {min(size, longest)} positions ({place} of {len(sizes)})")
-        for script in _scripts(assistant, min(size, longest), experts):
-            engine.submit(script).result()
-
-
-def _scripts(assistant: Assistant, size: int, experts: bool) -> Iterator[batching.Script[None]]:
-    """The dialogues of one size of the cache."""
     processor = assistant.generator.processor
     blank = np.zeros((processor.size, processor.size, 3), np.uint8)
     scan = open_image(blank, processor.kept_size, preprocessing=processor.preprocessing)
-    # The turn of an expert is about as long as a question with its overlay.
-    overlay = _first_turn(assistant.script(_ANSWER, scans=(scan,), experts=False)).chunk
-    for with_experts in (True, False) if experts else (False,):
-        for scans in ((scan,), ()):
-            reply = overlay if scans and with_experts else None
-            asked = Query(_QUESTION, scans)
-            earlier = assistant.replay([(asked, _ANSWER)], experts=with_experts)
-            yield _dialogue(assistant.script(_QUESTION, scans=scans, experts=with_experts), size, reply)
-            yield _dialogue(assistant.script(_QUESTION, earlier=earlier, experts=with_experts), size)
-    form = AnswerForm.one_of(["yes", "no"])
-    yield _dialogue(assistant.script(_QUESTION, experts=False, form=form), size)
+    kinds = [(asks, scans) for asks in ((True, False) if experts else (False,)) for scans in ((scan,), ())]
+    for place, (asks, scans) in enumerate(kinds, start=1):
+        about = f"{'an image' if scans else 'no image'}, {'with' if asks else 'without'} experts"
+        tell(f"questions about {about} ({place} of {len(kinds)})")
+        for limit in sorted({min(_SHORT, max_new_tokens), max_new_tokens}):
+            # Twice: rows that have decoded before are another case for the compiler than new ones.
+            both = (_questions(assistant, scans, asks, limit) for _ in range(2))
+            for scripts in zip(*both, strict=True):
+                for script in scripts:
+                    engine.submit(script).result()
+
+
+def _questions(
+    assistant: Assistant, scans: Sequence[Scan], experts: bool, limit: int
+) -> Iterator[batching.Script[None]]:
+    """The dialogues of one kind."""
+    options = dict(experts=experts, max_new_tokens=limit)
+    reply = None
+    if experts and scans:
+        # The turn of an expert is about as long as a question with its overlay.
+        reply = _first_turn(assistant.script(_ANSWER, scans=scans, experts=False))
+    yield _first_tokens(assistant.script(_QUESTION, scans=scans, **options), reply)
+    earlier = assistant.replay([(Query(_QUESTION, tuple(scans)), _ANSWER)], experts=experts)
+    yield _first_tokens(assistant.script(_QUESTION, earlier=earlier, **options))
+    if not experts and not scans:
+        form = AnswerForm.one_of(["yes", "no"])
+        yield _first_tokens(assistant.script(_QUESTION, form=form, **options))
+
+
+def _first_tokens(
+    question: batching.Script[Reply], reply: batching.Turn | None = None
+) -> batching.Script[None]:
+    """The first token of the answer to a question, and of another one after the chunk of `reply`."""
+    # Every text holds the empty one, so the first token ends the answer.
+    turn = dataclasses.replace(_first_turn(question), stop_texts=("",))
+    yield turn
+    if reply is not None:
+        yield dataclasses.replace(turn, chunk=reply.chunk, prefix=0)
 
 
 def _first_turn(script: batching.Script[Reply]) -> batching.Turn:
@@ -60,17 +92,3 @@ def _first_turn(script: batching.Script[Reply]) -> batching.Turn:
     script.close()
     assert isinstance(turn, batching.Turn)
     return turn
-
-
-def _dialogue(
-    question: batching.Script[Reply], size: int, reply: Chunk | None = None
-) -> batching.Script[None]:
-    """The first token of an answer, and of another one after `reply`, in a cache of `size` if they fit."""
-    turn = _first_turn(question)
-    room = size - len(turn.chunk.tokens)
-    if room <= 0:
-        return
-    # Every text holds the empty one, so the first token ends the answer.
-    yield dataclasses.replace(turn, max_new_tokens=room, stop_texts=("",))
-    if reply is not None and (room := room - 1 - len(reply.tokens)) > 0:
-        yield dataclasses.replace(turn, chunk=reply, prefix=0, max_new_tokens=room, stop_texts=("",))

@@ -54,7 +54,12 @@ async def campaign(options: argparse.Namespace, folder: Path) -> list[str]:
             process = await asyncio.create_subprocess_exec(
                 *("schemathesis", "run", f"{server.url}/openapi.json", f"--checks={','.join(CHECKS)}"),
                 *("--phases=fuzzing", "--mode=all", f"--max-examples={EXAMPLES}", f"--seed={seed}"),
-                *("--continue-on-failure", "--request-timeout=120", "--no-color"),
+                *(
+                    "--continue-on-failure",
+                    "--request-timeout=120",
+                    "--suppress-health-check=all",
+                    "--no-color",
+                ),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
             )

@@ -293,7 +293,7 @@ def test_sequences_of_one_head(open_page, world, tmp_path):
     assert not page.locator("#sequence-list").is_visible()
     for count, path in enumerate(paths[1:], start=2):
         page.set_input_files("#more", path)
-        page.wait_for_function(f"document.querySelectorAll('#sequence-list li').length === {count}")
+        page.wait_for_selector(f"#sequence-list li:nth-child({count}):last-child")
     shown(page, "axial slice 5")
     rows = page.locator("#sequence-list li")
     assert [rows.nth(n).locator("select").input_value() for n in range(3)] == ["t1c", "flair", "t2"]
@@ -302,13 +302,14 @@ def test_sequences_of_one_head(open_page, world, tmp_path):
     rows.nth(0).get_by_role("button", name="case_t1gd").click()
     page.wait_for_selector('#sequence-list li:nth-child(1) [aria-pressed="true"]')
     rows.nth(1).get_by_role("button", name="Remove").click()
-    page.wait_for_function("document.querySelectorAll('#sequence-list li').length === 2")
+    page.wait_for_selector("#sequence-list li:nth-child(2):last-child")
     body = ask(page, "Is there a brain tumor?")
     parts = [part["vilam3"] for part in body["messages"][0]["content"][:-1]]
     view = {"axis": "axial", "slice": 5, "modality": "MR"}
     assert parts == [{**view, "role": "t1c"}, {**view, "role": "flair"}]
     done(page)
     assert "of 2 sequences" in page.locator(".asked").inner_text()
+    page.screenshot(path=tmp_path / "sequences.png", full_page=True)
     other = tmp_path / "other_t1.nii.gz"
     volume = nibabel.load(world.volume)
     nibabel.save(nibabel.Nifti1Image(np.asarray(volume.dataobj)[:, :, :8], volume.affine), other)

@@ -52,11 +52,8 @@ def run(
         about = f"{'an image' if scans else 'no image'}, {'with' if asks else 'without'} experts"
         tell(f"questions about {about} ({place} of {len(kinds)})")
         for limit in sorted({min(_SHORT, max_new_tokens), max_new_tokens}):
-            # Twice: rows that have decoded before are another case for the compiler than new ones.
-            both = (_questions(assistant, scans, asks, limit) for _ in range(2))
-            for scripts in zip(*both, strict=True):
-                for script in scripts:
-                    engine.submit(script).result()
+            for script in _questions(assistant, scans, asks, limit):
+                engine.submit(script).result()
 
 
 def _questions(

@@ -21,7 +21,7 @@ from vilam3_jax.serving import app, fetch_page
 from vilam3_jax.serving.app import PAGE
 from vilam3_jax.serving.samples import samples_of
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e .[browser]")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
@@ -299,7 +299,7 @@ def test_sequences_of_one_head(open_page, world, tmp_path):
     assert [rows.nth(n).locator("select").input_value() for n in range(3)] == ["t1c", "flair", "t2"]
     rows.nth(2).locator("select").select_option("flair")
     assert [rows.nth(n).locator("select").input_value() for n in range(3)] == ["t1c", "t2", "flair"]
-    rows.nth(0).get_by_role("button", name="case_t1gd").click()
+    rows.nth(0).get_by_role("button", name="case_t1gd.nii.gz", exact=True).click()
     page.wait_for_selector('#sequence-list li:nth-child(1) [aria-pressed="true"]')
     rows.nth(1).get_by_role("button", name="Remove").click()
     page.wait_for_selector("#sequence-list li:nth-child(2):last-child")

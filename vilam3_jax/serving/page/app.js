@@ -64,6 +64,7 @@ async function start() {
 }
 
 function changed() {
+  images?.refresh();
   dialogue?.refresh();
   const code = viewer.info?.modality;
   const kind = !viewer.info ? "" : code in questions ? code : FILM.includes(code) ? "CR" : "other";

@@ -94,9 +94,13 @@ export class Images {
     this.draw();
   }
 
+  // Sequences are of MR; the user may state the modality.
+  refresh() {
+    $("sequences").hidden = !this.viewer.isVolume || (this.viewer.info.modality === "CT" && this.items.length < 2);
+  }
+
   draw() {
     const many = this.items.length > 1;
-    $("sequences").hidden = !this.viewer.isVolume;
     $("sequence-list").hidden = !many;
     $("sequence-list").replaceChildren(...(many ? this.items.map((item) => this.row(item)) : []));
     this.onChange();

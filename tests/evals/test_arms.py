@@ -39,15 +39,14 @@ def spoken(answer, trigger=None, annotation=None):
 
 
 class FakeAgent:
-    batch_size = 2
-
     def __init__(self, answer="yes"):
-        self.answer, self.batches = answer, []
+        self.answer, self.queries = answer, []
 
     def run(self, queries, *, max_new_tokens):
         assert max_new_tokens == QUICKSTART.max_new_tokens
-        self.batches.append(queries)
-        return [spoken(self.answer) for _ in queries]
+        for query in queries:
+            self.queries.append(query)
+            yield spoken(self.answer)
 
 
 def test_arms_mean_what_their_names_say():
@@ -59,7 +58,7 @@ def test_arms_mean_what_their_names_say():
         conditions.arm_of("stage4_no_experts", "on", None)
 
 
-def test_items_are_asked_in_batches_with_their_slices():
+def test_items_are_asked_in_their_order_with_their_slices():
     agent = FakeAgent()
     items = [item(f"e{i}/q0") for i in range(5)]
     rows = list(
@@ -67,12 +66,11 @@ def test_items_are_asked_in_batches_with_their_slices():
             agent, QUICKSTART, conditions.ARMS["stage3"], items, lambda _: IMAGE, falsify_seed=0
         )
     )
-    assert [len(batch) for batch in agent.batches] == [2, 2, 1]
-    query = agent.batches[0][0]
+    query = agent.queries[0]
     (scan,) = query.scans
     assert (query.question, scan.axis, scan.index, scan.input_key) == ("Is the liver visible?", 2, 7, "k")
     assert np.array_equal(scan.image, IMAGE)
-    assert {row["item"] for row in rows} == {one.id for one in items}
+    assert [row["item"] for row in rows] == [one.id for one in items]
     assert all(row["correct"] and row["falsify_seed"] is None for row in rows)
 
 
@@ -83,18 +81,8 @@ def test_the_blank_arm_shows_nothing_of_the_image():
             agent, QUICKSTART, conditions.ARMS["stage4_blank"], [item()], lambda _: IMAGE, falsify_seed=0
         )
     )
-    shown = agent.batches[0][0].scans[0].image
+    shown = agent.queries[0].scans[0].image
     assert shown.shape == IMAGE.shape and len(np.unique(shown)) == 1
-
-
-def test_batches_hold_like_with_like():
-    items = [
-        item(f"e{i}/q0", expert=e, question="Q" * n)
-        for i, (e, n) in enumerate([("B", 9), (None, 4), ("B", 2)])
-    ]
-    ordered = conditions.order_for_batches(items)
-    assert [(one.expert, len(one.question)) for one in ordered] == [(None, 4), ("B", 2), ("B", 9)]
-    assert ordered == conditions.order_for_batches(items[::-1])
 
 
 def test_a_row_tells_what_was_said_and_who_was_called():

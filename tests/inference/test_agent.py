@@ -393,9 +393,9 @@ def test_a_real_model_holds_a_dialogue(model_config, params, tokenizer, store, i
     generator = Generator(model_config, params, tokenizer, max_length=1024, batch_size=2)
     agent = agent_lib.Agent(generator, CHATML, cards=CARDS, provider=agent_lib.AnnotationProvider(store))
     queries = [query(image), query(None)]
-    transcripts = agent.run(queries, max_new_tokens=5)
+    transcripts = list(agent.run(queries, max_new_tokens=5))
     assert [t.turns[0].role for t in transcripts] == ["user", "user"]
-    assert agent.run(queries, max_new_tokens=5)[0].answer == transcripts[0].answer
+    assert next(agent.run(queries, max_new_tokens=5)).answer == transcripts[0].answer
 
 
 def test_a_follow_up_knows_the_results(tokenizer, store, image):

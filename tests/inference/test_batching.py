@@ -77,7 +77,10 @@ def mixed(generator, tokenizer):
     ]
 
 
-def test_an_answer_has_the_same_bits_in_any_company(generator, tokenizer):
+@pytest.mark.parametrize("numbers", [{}, dict(dtype="int8", cache_dtype="int8")], ids=["float", "int8"])
+def test_an_answer_has_the_same_bits_in_any_company(generator, export, tokenizer, numbers):
+    if numbers:
+        generator = load_generator(export, batch_size=4, max_length=700, **numbers)[0]
     makers = mixed(generator, tokenizer)
     alone = [bits(next(Batcher(generator).run([make()]))) for make in makers]
     assert len({str(one) for one in alone}) == len(alone)
@@ -259,10 +262,11 @@ def test_scores_are_those_of_the_whole_text(generator, tokenizer):
     assert fresh.decode(4, [])[0].ids == list(kept)
 
 
-def test_sharded_equals_one_device(export, tokenizer):
+@pytest.mark.parametrize("numbers", [{}, dict(dtype="int8", cache_dtype="int8")], ids=["float", "int8"])
+def test_sharded_equals_one_device(export, tokenizer, numbers):
     """Weights and caches are split over heads and hidden units; nothing large is gathered for a token."""
-    one = load_generator(export, batch_size=2, max_length=300)[0]
-    many = load_generator(export, batch_size=2, max_length=300, tensor=2)[0]
+    one = load_generator(export, batch_size=2, max_length=300, **numbers)[0]
+    many = load_generator(export, batch_size=2, max_length=300, tensor=2, **numbers)[0]
     scripts = [
         lambda: dialogue((text(30, 0, tokenizer), 20), (text(5, 1, tokenizer), 9)),
         lambda: dialogue((text(9, 2, tokenizer).join(picture(0, one)).join(text(3, 3, tokenizer)), 12)),
@@ -275,6 +279,9 @@ def test_sharded_equals_one_device(export, tokenizer):
     session = many.start(2, size=256)
     cache = session._state.cache["k"]
     assert cache.sharding.shard_shape(cache.shape)[3] == cache.shape[3] // 2
+    for name in {"k_scale"} & set(session._state.cache):
+        scale = session._state.cache[name]
+        assert scale.sharding.shard_shape(scale.shape)[2] == scale.shape[2] // 2
     with pytest.raises(UserError, match="does not match"):
         load_generator(export, tensor=3000)
 

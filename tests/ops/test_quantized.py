@@ -176,7 +176,7 @@ def test_quantised_gradients_sharded(kind):
 def test_without_qwix_the_key_is_named(monkeypatch):
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"quantization\.matmul.*\.\[quant\]"):
-        quantized.check_installed("quantization.matmul")
+        quantized.check_installed("config quantization.matmul", "leave the key empty")
 
 
 def test_adapters_stay_exact():

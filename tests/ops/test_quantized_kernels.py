@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vilam3_jax.ops.quantized import NF4_TILE, QuantizedKernel, quantize_kernel
+from vilam3_jax.ops.quantized import (
+    NF4_TILE,
+    QuantizedKernel,
+    quantize_kernel,
+    quantize_table,
+    scaled_einsum,
+)
 from vilam3_jax.runtime import compat
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.embedding_lookup import lookup
 from vilam3_jax.sharding.logical_axes import ACTIVATION_RULES
 from vilam3_jax.sharding.matmul import linear
 from vilam3_jax.sharding.mesh import MESH_AXES
@@ -92,3 +99,45 @@ def test_sharded_is_unsharded(kind, stored):
     np.testing.assert_allclose(d_x, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
     arrays = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
     assert any("= s8[" in line or "= u8[" in line for line in arrays), "gathered as they are stored"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("heads", ["none", "out", "in"])
+def test_scales_after_the_product_round_nothing_but_the_kernel(dtype, heads):
+    """Against float64; in bfloat16, only the result is rounded, to 8 bits."""
+    kernel = quantize_kernel(kernel_of((IN, OUT)), "int8")
+    x = jax.random.normal(jax.random.key(5), (BATCH, LENGTH, IN), dtype)
+    shaped = x.reshape(BATCH, LENGTH, 4, IN // 4) if heads == "in" else x
+    out_features = (OUT // 16, 16) if heads == "out" else (OUT,)
+    got = linear(shaped, Weight(kernel, einsum=scaled_einsum), shaped.shape[2:], out_features)
+    exact = np.asarray(kernel.qvalue, np.float64) * np.asarray(kernel.scale, np.float64)
+    want = np.asarray(x, np.float64) @ exact
+    sums = np.abs(np.asarray(x, np.float64)) @ np.abs(exact)  # of magnitudes, to which rounding is relative
+    rounding = 2.0**-8 * np.abs(want) if dtype == jnp.bfloat16 else 0
+    assert got.dtype == dtype and got.shape == (BATCH, LENGTH, *out_features)
+    assert (np.abs(np.asarray(got, np.float64).reshape(want.shape) - want) <= rounding + 1e-6 * sums).all()
+    whole = scaled_einsum("abi,io->abo", x, kernel, jnp.float32)
+    assert whole.dtype == jnp.float32
+    np.testing.assert_array_less(np.abs(np.asarray(whole, np.float64) - want), 1e-6 * sums)
+
+
+@pytest.mark.parametrize("stored", [None, ("tensor", "fsdp"), ("tensor", None), (("fsdp", "tensor"), None)])
+def test_a_table_with_one_scale_per_row(stored):
+    """Its rows are embeddings, and its transpose is a head."""
+    table = kernel_of((IN, OUT)).T
+    found = quantize_table(table)
+    np.testing.assert_array_equal(found.T.dequantize(), by_qwix(table.T[None], "int8")[0])
+    np.testing.assert_array_equal(found.dequantize(), found.T.dequantize().T)
+    ids = jax.random.randint(jax.random.key(0), (BATCH, LENGTH), 0, OUT)
+    want = np.asarray(found.dequantize())[np.asarray(ids)]
+    if stored is None:
+        np.testing.assert_array_equal(lookup(ids, found, jnp.float32), want)
+        return
+    mesh = compat.make_mesh([2, 2, 1, 2], MESH_AXES, jax.devices()[:8])
+    specs = PartitionSpec(*stored), PartitionSpec(stored[0], None)
+    placed = QuantizedKernel(*(NamedSharding(mesh, spec) for spec in specs), "int8", found.dtype)
+    table = jax.device_put(found, placed)
+    with logical_axes.activation_rules(mesh, ACTIVATION_RULES):
+        weight = Weight(table, tuple(map(tuple, specs)))
+        got = jax.jit(lambda ids, weight: lookup(ids, weight, jnp.float32))(ids, weight)
+    np.testing.assert_array_equal(got, want)

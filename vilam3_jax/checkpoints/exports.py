@@ -36,12 +36,14 @@ from vilam3_jax.checkpoints.run_checkpoints import (
 from vilam3_jax.errors import UserError, listed
 from vilam3_jax.models import build, param_paths
 from vilam3_jax.models.model_config import DTYPES, ModelConfig
+from vilam3_jax.ops import quantized, quantized_loading
 from vilam3_jax.ops.quantized import QuantizedKernel
 from vilam3_jax.runtime import locks, paths, processes
 from vilam3_jax.runtime.settings import from_mapping
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.sharding import weights
 
+LOADED_DTYPES = (*DTYPES, "int8")  # of `load_export`
 EXPORT_FILES = ("model.json", "params")
 # Orbax keeps two copies of what it reads; 1.2 GB keep a host below 1.5 leaves and a gigabyte.
 LEAF_BYTES = 1_200_000_000
@@ -496,7 +498,9 @@ def load_export(
       sharding: of every parameter; by default the first device.
       mesh: if given, parameters are sharded by the rules of their model family, and every matrix is wrapped
         in a `Weight`.
-      dtype: type of parameters and activations, by default that of the export.
+      dtype: one of `LOADED_DTYPES`: type of parameters and activations, by default that of the export. With
+        'int8', the matrices of the LLM are `QuantizedKernel`s, and other parameters have the type of the
+        export's activations. So do products, whose other factor is not quantised.
 
     Returns:
       Nested parameters, the model config, and the tokenizer's folder.
@@ -506,9 +510,10 @@ def load_export(
     """
     config = load_model_config(export)
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise UserError(f"dtype {dtype!r}: must be {' or '.join(DTYPES)}")
-        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+        if dtype not in LOADED_DTYPES:
+            raise UserError(f"dtype {dtype!r}: must be {', '.join(DTYPES)} or int8")
+        unquantized = config.dtype if dtype == "int8" else dtype
+        config = dataclasses.replace(config, dtype=unquantized, param_dtype=unquantized)
     _, nested = build.abstract_model(config, config.kind)
     shapes = param_paths.flatten(nested)
     if mesh is None:
@@ -521,7 +526,25 @@ def load_export(
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
         for path, leaf in shapes.items()
     }
-    params = load_params(export, wanted)
+    in_int8 = _in_int8(config, wanted) if dtype == "int8" else {}
+    params = load_params(export, {path: leaf for path, leaf in wanted.items() if path not in in_int8})
+    params |= quantized_loading.load(in_int8, functools.partial(load_params, export))
+    einsums = dict.fromkeys(in_int8, quantized.scaled_einsum)
     if mesh is not None:
-        params = weights.annotate(params, shardings)
+        shardings |= {path: jax.tree.map(lambda x: x.sharding, leaf) for path, leaf in in_int8.items()}
+        params = weights.annotate(params, shardings, einsums)
+    else:
+        params |= {path: weights.Weight(params[path], einsum=how) for path, how in einsums.items()}
     return param_paths.unflatten(params), config, paths.as_path(export) / "tokenizer"
+
+
+def _in_int8(config: StoredModel, wanted: Abstract) -> dict[str, quantized.QuantizedKernel]:
+    """The matrices of the LLM; its embedding table only if it is the head, too: look-ups read few rows."""
+    quantized.check_installed("dtype 'int8'", "choose another type")
+    if config.kind != "generative":
+        raise UserError(f"dtype 'int8': a {config.kind} model has no LLM; choose {' or '.join(DTYPES)}")
+    assert config.llm is not None
+    paths = [path for path in wanted if path.startswith("llm/") and path.endswith("/kernel")]
+    if config.llm.tie_embeddings:
+        paths.append("llm/embed/embedding")
+    return {path: quantized_loading.abstract(path, wanted[path], "int8") for path in paths}

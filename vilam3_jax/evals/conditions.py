@@ -83,14 +83,6 @@ def arm_of(name: str | None, experts: Experts | None, images: Images | None) -> 
     return known
 
 
-def order_for_batches(items: Sequence[Item]) -> list[Item]:
-    """Groups questions of similar length, so that batches have little padding.
-
-    Expert turns are the longest, so items that may call one expert about one scan are adjacent.
-    """
-    return sorted(items, key=lambda item: (item.expert or "", item.input_key, len(item.question), item.id))
-
-
 def answer_items(
     agent: Agent,
     protocol: Protocol,
@@ -100,31 +92,29 @@ def answer_items(
     *,
     falsify_seed: int,
 ) -> Iterator[Row]:
-    """Asks all items in batches.
+    """Asks all items.
 
     Args:
       agent: with the expert provider of the arm.
       protocol: bounds answers and parses them.
       arm: how questions are answered.
-      items: in any order.
+      items: in any order; those of one image share its cached prefix if they are adjacent.
       load_image: the uint8 [H, W, 3] image of an item.
       falsify_seed: written on the rows, so that a report can reproduce what the model was shown.
 
     Yields:
-      Rows of `row_of`, in the order of `order_for_batches`.
+      Rows of `row_of`, in the order of the items.
     """
-    ordered = order_for_batches(items)
-    for start in range(0, len(ordered), agent.batch_size):
-        batch = ordered[start : start + agent.batch_size]
-        queries = []
-        for item in batch:
-            image, ref = load_image(item), item.image
-            shown = np.full_like(image, BLANK_GREY) if arm.images == "blank" else image
-            scan = Scan(shown, item.input_key, ref.axis, ref.index, modality=ref.modality or "")
-            queries.append(Query(item.question, (scan,)))
-        transcripts = agent.run(queries, max_new_tokens=protocol.max_new_tokens)
-        for item, transcript in zip(batch, transcripts, strict=True):
-            yield row_of(protocol, arm, item, transcript, falsify_seed=falsify_seed)
+
+    def query(item: Item) -> Query:
+        image, ref = load_image(item), item.image
+        shown = np.full_like(image, BLANK_GREY) if arm.images == "blank" else image
+        scan = Scan(shown, item.input_key, ref.axis, ref.index, modality=ref.modality or "")
+        return Query(item.question, (scan,))
+
+    transcripts = agent.run(map(query, items), max_new_tokens=protocol.max_new_tokens)
+    for item, transcript in zip(items, transcripts, strict=True):
+        yield row_of(protocol, arm, item, transcript, falsify_seed=falsify_seed)
 
 
 def row_of(protocol: Protocol, arm: Arm, item: Item, transcript: Transcript, *, falsify_seed: int) -> Row:

@@ -31,6 +31,7 @@ from vilam3_jax.evals import conditions as arm_lib
 from vilam3_jax.evals import protocol as protocols
 from vilam3_jax.evals.comparison import RESULT_FILE, ROWS_FILE, TABLES_FILE, write_json
 from vilam3_jax.inference.agent import Agent, AnnotationProvider, load_generator
+from vilam3_jax.inference.model_flags import add_model_flags, model_options
 from vilam3_jax.runtime import paths
 
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, help="dialogues per batch (default: 32)")
     add("--max_length", type=int, default=2048, help="maximum positions of a dialogue")
     add("--seed", type=int, default=0, help="of bootstrap and falsification")
+    add_model_flags(parser)
     return parser
 
 
@@ -155,6 +157,7 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
             "seed": options.seed,
             "checkpoint": None if arm.name == arm_lib.MAJORITY else str(options.checkpoint),
             "text": None if arm.name == arm_lib.MAJORITY else model and dataclasses.asdict(model.rules),
+            **model_options(options),
             "data": str(options.data),
             "annotations": options.annotations,
             "seconds": time.monotonic() - started,
@@ -187,8 +190,13 @@ class _Model:
     def __init__(self, options: argparse.Namespace):
         self._options, self._config = options, _model_config(options, "generative")
         self.rules = TextRules.of(self._config.get("text")).changed(options.text or "")
-        sizes = dict(max_length=options.max_length, batch_size=options.batch_size)
-        self._generator, self._template = load_generator(options.checkpoint, text=options.text or "", **sizes)
+        self._generator, self._template = load_generator(
+            options.checkpoint,
+            max_length=options.max_length,
+            batch_size=options.batch_size,
+            text=options.text or "",
+            **model_options(options),
+        )
         processor = self._generator.processor
         self.reader = ImageReader(processor.kept_size, processor.preprocessing)
 
@@ -210,7 +218,8 @@ def _finished() -> dict[str, Any]:
 
 
 def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol) -> None:
-    for flag in ("experts", "images", "arm", "limit", "limit_other", "annotations", "cards", "text"):
+    of_dialogues = ("experts", "images", "arm", "limit", "limit_other", "annotations", "cards", "text")
+    for flag in (*of_dialogues, *model_options(options)):
         if getattr(options, flag) is not None:
             raise UserError(f"--{flag}: has no effect on protocol {protocol.name}; leave it out")
     out = paths.as_path(options.out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import jax
@@ -242,26 +242,21 @@ class Agent:
         self._batcher = batching.Batcher(generator)
 
     @property
-    def batch_size(self) -> int:
-        """Number of dialogues that are decoded together."""
-        return self._generator.batch_size
-
-    @property
     def processor(self) -> ImageProcessor:
         """Turns images of queries into inputs of the model."""
         return self._generator.processor
 
     def run(
         self,
-        queries: Sequence[Query],
+        queries: Iterable[Query],
         *,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         sampling: Sampling = GREEDY,
-    ) -> list[Transcript]:
-        """Runs one dialogue per query, batched, and returns their transcripts.
+    ) -> Iterator[Transcript]:
+        """Runs one dialogue per query, batched, and yields their transcripts in order.
 
         Args:
-          queries: any number.
+          queries: any number; each is read when a row of the batch is free.
           max_new_tokens: limit of each turn of the model.
           sampling: greedy by default.
 
@@ -270,7 +265,7 @@ class Agent:
           ModelError: a model whose logits are not finite.
         """
         scripts = (self.script(query, max_new_tokens=max_new_tokens, sampling=sampling) for query in queries)
-        return list(self._batcher.run(scripts))
+        return self._batcher.run(scripts)
 
     def script(
         self,
@@ -565,6 +560,7 @@ def load_generator(
     text: str = "",
     tensor: int = 1,
     dtype: str | None = None,
+    cache_dtype: str | None = None,
 ) -> tuple[Generator, Template]:
     """Opens an export of a generative model.
 
@@ -574,7 +570,10 @@ def load_generator(
       batch_size: maximum dialogues of a batch.
       text: changes of the export's text rules, see `TextRules.changed`.
       tensor: devices that share the heads and hidden units; -1 is all. With several processes, all call this.
-      dtype: type of weights and activations, such as "bfloat16"; by default that of the export.
+      dtype: "float32" or "bfloat16": type of weights and activations; "int8": matrices of the LLM in int8,
+        the rest in the type of the export's activations. By default that of the export.
+      cache_dtype: type of cached keys and values: "float32", "bfloat16" or "int8"; by default that of
+        activations.
 
     Raises:
       UserError: no export of a generative model with a tokenizer, an unknown text rule or type, or a model
@@ -595,5 +594,13 @@ def load_generator(
         axes = MeshConfig(data=1, fsdp=1, tensor=count)
         mesh = mesh_lib.build_mesh(axes, jax.devices()[:count])
     params, config, _ = exports.load_export(folder, mesh=mesh, dtype=dtype)
-    generator = Generator(config, params, tokenizer, max_length=max_length, batch_size=batch_size, mesh=mesh)
+    generator = Generator(
+        config,
+        params,
+        tokenizer,
+        max_length=max_length,
+        batch_size=batch_size,
+        mesh=mesh,
+        cache_dtype=cache_dtype,
+    )
     return generator, template

@@ -114,6 +114,7 @@ class Assistant:
         isolate: bool = False,
         tensor: int = 1,
         dtype: str | None = None,
+        cache_dtype: str | None = None,
     ):
         """Opens an export.
 
@@ -128,14 +129,21 @@ class Assistant:
             shares its batch, but may have others with another batch size.
           text: changes of the export's text rules: `as_trained`, `clean`, or for example `spaces=clean`.
           isolate: decode images in a separate process, with limits on time and memory.
-          tensor, dtype: devices that share the model, and its type; see `load_generator`.
+          tensor, dtype, cache_dtype: devices that share the model, its type and that of its cache; see
+            `load_generator`.
 
         Raises:
           UserError: no export of a generative model, or an unknown text rule.
         """
         path = exports.locate(path)
         self._generator, self._template = load_generator(
-            path, max_length=max_length, batch_size=batch_size, text=text, tensor=tensor, dtype=dtype
+            path,
+            max_length=max_length,
+            batch_size=batch_size,
+            text=text,
+            tensor=tensor,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
         )
         model = exports.load_model_config(path).to_dict()
         self._cards, self._style = card_list(model), Style.of(model)

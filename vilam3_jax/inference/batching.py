@@ -83,6 +83,7 @@ class _Dialogue:
         self.future: Future[Any] = Future()
         self.turn: Turn | None = None
         self.answer = Decoded([], False)
+        self.reading: Iterator[None] | None = None  # of the chunk of the next turn
         self.session: Session | None = None  # of one row, waiting for a row of a pool
         self.pool: _Pool | None = None
         self.row = -1
@@ -121,6 +122,7 @@ class Batcher:
         self._pools: dict[int, _Pool] = {}
         self._calls: dict[Future[Any], _Dialogue] = {}
         self._new: collections.deque[_Dialogue] = collections.deque()
+        self._reading: list[_Dialogue] = []
 
     def run(self, scripts: Iterable[Script[T]]) -> Iterator[T]:
         """Runs scripts to their ends and yields their results, in order; scripts are read as rows are free.
@@ -156,13 +158,15 @@ class Batcher:
         return dialogue.future
 
     def step(self) -> bool:
-        """Fills free rows, decodes a few tokens in every pool, and continues scripts.
+        """Reads on in every prompt, fills free rows, decodes a few tokens in every pool, continues scripts.
 
         Returns whether anything is left to do. If all dialogues wait for calls, so does this, for a moment.
         """
+        for dialogue in list(self._reading):
+            self._read_on(dialogue)
         while self._new and len(self._started()) < self._generator.batch_size:
             self._resume(self._new.popleft(), None)
-        decoded = False
+        decoded = bool(self._reading)
         for pool in list(self._pools.values()):
             self._seat(pool)
             for constrained in (False, True):
@@ -184,8 +188,9 @@ class Batcher:
         for dialogue in self._dialogues():
             if dialogue.future is future:
                 self._leave(dialogue)
-                if dialogue in self._new:
-                    self._new.remove(dialogue)
+                for waiting in (self._new, self._reading):
+                    if dialogue in waiting:
+                        waiting.remove(dialogue)
                 dialogue.script.close()
                 future.cancel()
                 return
@@ -195,7 +200,7 @@ class Batcher:
 
     def _started(self) -> list[_Dialogue]:
         seated = [one for pool in self._pools.values() for one in (*pool.rows, *pool.queue) if one]
-        return list(dict.fromkeys([*seated, *self._calls.values()]))
+        return list(dict.fromkeys([*seated, *self._reading, *self._calls.values()]))
 
     def _resume(self, dialogue: _Dialogue, value: Any, error: BaseException | None = None) -> None:
         """Continues a script with a value or an error, until it needs tokens or a call, or ends."""
@@ -213,15 +218,28 @@ class Batcher:
             if isinstance(wanted, Wait) and self._executor is not None:
                 self._calls[self._executor.submit(wanted.call)] = dialogue
                 return None
+            if isinstance(wanted, Turn):
+                dialogue.reading = self._read(dialogue, wanted)
+                self._reading.append(dialogue)
+                return self._read_on(dialogue)
             try:  # the script may handle what goes wrong
-                if isinstance(wanted, Turn):
-                    return self._begin(dialogue, wanted)
                 value = wanted.call()
             except Exception as failure:
                 error = failure
 
-    def _begin(self, dialogue: _Dialogue, turn: Turn) -> None:
-        """Reads the chunk of a turn; the dialogue then waits for a row, or keeps its own."""
+    def _read_on(self, dialogue: _Dialogue) -> None:
+        """Reads the next part of a chunk, while other dialogues wait."""
+        assert dialogue.reading is not None
+        try:
+            next(dialogue.reading)
+        except StopIteration:
+            self._reading.remove(dialogue)
+        except Exception as failure:  # the script may handle it
+            self._reading.remove(dialogue)
+            self._resume(dialogue, None, failure)
+
+    def _read(self, dialogue: _Dialogue, turn: Turn) -> Iterator[None]:
+        """Reads the chunk of a turn in parts; the dialogue then waits for a row, or keeps its own."""
         generator = self._generator
         before = self._length(dialogue) - turn.forget
         size = cache_size(
@@ -231,12 +249,14 @@ class Batcher:
         pool = dialogue.pool
         if pool is None:
             prefix, rest = turn.chunk.split(turn.prefix) if turn.prefix else (None, turn.chunk)
+            if prefix is not None:
+                yield from generator.read_prefix(prefix)
             session = generator.start(1, prefix, size=size)
         else:
             rest, size = turn.chunk, max(size, pool.size)
             session = pool.session.extract(dialogue.row, size)
             session.rewind(0, before)
-        session.append([rest])
+        yield from session.read([rest])
         dialogue.turn, dialogue.answer = turn, Decoded([], False)
         if pool is not None and pool.size == size:
             pool.session.insert(dialogue.row, session)

@@ -13,6 +13,7 @@ from vilam3_jax.data.volumes import AXES
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.agent import DEFAULT_MAX_NEW_TOKENS, Event
 from vilam3_jax.inference.assistant import NOT_CLINICAL, Assistant, Images, Reply, load
+from vilam3_jax.inference.model_flags import add_model_flags, model_options
 from vilam3_jax.runtime import paths
 
 _ROLE = re.compile(r"[a-z][a-z0-9]{0,15}=.")
@@ -158,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of sampling")
     add("--save_images", help="folder for the transcript, and for the images as shown to the model")
     add("--verbose", action="store_true", help="show the cards of the experts, too")
+    add_model_flags(parser)
     return parser
 
 
@@ -197,7 +199,8 @@ def main(argv: Sequence[str]) -> int:
     asked = {name: getattr(options, name) for name in _ASK_OPTIONS}
     asked |= {"experts": options.experts == "on", "index": options.slice, "window": _window(options.window)}
     image = _images(options.image)
-    with load(options.checkpoint, **{name: getattr(options, name) for name in _LOAD_OPTIONS}) as assistant:
+    of_load = {name: getattr(options, name) for name in _LOAD_OPTIONS} | model_options(options)
+    with load(options.checkpoint, **of_load) as assistant:
         if options.prompt is None:
             _Session(assistant, image, asked, options.verbose).run(input)
             return 0

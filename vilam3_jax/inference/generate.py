@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import programs
 from vilam3_jax.inference.sampling import GREEDY, RowSampling, Sampling
-from vilam3_jax.models import build
+from vilam3_jax.models import build, kv_cache
 from vilam3_jax.models.model_config import resolve
 
 _MIN_CHUNK = 16
@@ -34,6 +34,7 @@ _MIN_CACHE = 256
 _MIN_NEW = 32
 _STOP_SLOTS = 8
 _PREFIXES = 8
+PART = 512  # positions of a prompt that are computed together
 MIN_PREFIX = 16  # tokens worth keeping for other dialogues
 
 
@@ -142,6 +143,7 @@ class Generator:
         batch_size: int = 16,
         rows: NamedSharding | None = None,
         mesh: Mesh | None = None,
+        cache_dtype: str | None = None,
     ):
         """Compiles nothing before first use.
 
@@ -157,6 +159,10 @@ class Generator:
             the output of all rows.
           mesh: mesh of the parameters if rows are not split over it; every device then computes its part of
             the heads and hidden units of all rows.
+          cache_dtype: one of `kv_cache.CACHE_DTYPES`; by default the type of activations.
+
+        Raises:
+          UserError: unknown `cache_dtype`, or int8 without Qwix.
         """
         self.tokenizer = tokenizer
         self.model = model = resolve(model_config)
@@ -164,14 +170,15 @@ class Generator:
         self.image_size = self.processor.size
         self.max_length, self.batch_size = max_length, batch_size
         self._params = params
-        self._prefixes: collections.OrderedDict[bytes, Session] = collections.OrderedDict()
+        self._prefixes: collections.OrderedDict[bytes, _Prefix] = collections.OrderedDict()
         graphdef, _ = build.abstract_model(model, "generative")
         self.tokens_per_image = model.tokens_per_image
         self._rows, self.parts = rows, 1 if rows is None else row_parts(rows)
-        state, whole = programs.shardings(rows, mesh, model.llm.num_kv_heads)
+        of_cache = kv_cache.dtype_of(model.dtype if cache_dtype is None else cache_dtype)
+        state, whole = programs.shardings(rows, mesh, model.llm.num_kv_heads, of_cache)
         inside = functools.partial(programs.inside, mesh)
         self.vocab_size = min(tokenizer.vocab_size, model.llm.vocab_size)
-        start = functools.partial(programs.start, graphdef)
+        start = functools.partial(programs.start, graphdef, of_cache)
         self._start = jax.jit(start, static_argnums=(1, 2), out_shardings=state)
         one_row = state if rows is None else None  # a single row cannot be split
         self._repeat = jax.jit(programs.repeat, static_argnums=1, out_shardings=one_row)
@@ -183,8 +190,9 @@ class Generator:
             donate_argnums=1,
             out_shardings=state,
         )
-        self._embed = jax.jit(
-            inside(lambda params, *args: build.merge(graphdef, params).embed(*args)), out_shardings=whole
+        self._encode = jax.jit(
+            inside(functools.partial(programs.encode, graphdef)),
+            out_shardings=whole if rows is None else rows,
         )
         self._score = jax.jit(
             inside(functools.partial(programs.score, graphdef, self.vocab_size)), out_shardings=whole
@@ -216,12 +224,10 @@ class Generator:
         grid = self.processor.grid(image)
         inputs, tiles = self.processor.inputs(image), self.processor.tile_map([grid])
         count = len(inputs) * self.tokens_per_image
-        index = np.arange(count, dtype=np.int32)
         slots = _ImageSlots(self.processor)
-        slots.add(Chunk(np.zeros(count, np.int32), index, tuple(inputs), tiles))
-        visual, images, valid, tile_array = _image_arrays([slots], index[None])
-        embeds = self._embed(self._params, np.zeros((1, count), np.int32), images, valid, visual, tile_array)
-        return np.asarray(embeds[0].mean(axis=0), np.float32)
+        slots.add(Chunk(np.zeros(count, np.int32), np.arange(count, dtype=np.int32), tuple(inputs), tiles))
+        visual = self._encode(self._params, *_image_arrays([slots]))
+        return np.asarray(visual[0, :count].mean(axis=0), np.float32)
 
     def start(self, rows: int, prefix: Chunk | None = None, *, size: int | None = None) -> Session:
         """Starts a session.
@@ -239,22 +245,55 @@ class Generator:
             raise UserError(f"{rows} rows: must be 1 to the batch size, {self.batch_size}")
         session = Session(self, rows, size)
         if prefix is not None and len(prefix.tokens):
-            session._start_with(self._prefix(prefix))
+            found = self._prefix(prefix)
+            _exhaust(self.read_prefix(prefix))
+            assert found.session is not None
+            session._start_with(found.session)
         return session
 
-    def _prefix(self, prefix: Chunk) -> Session:
-        """A session of one row that holds a prefix; the least recently used one is dropped beyond a few."""
-        key = prefix.key
-        if key not in self._prefixes:
-            # The text before the first image, such as the cards, is a prefix of its own.
-            text, rest = prefix.split(int((prefix.visual_index >= 0).argmax()))
-            single = self.start(1, text if len(text.tokens) >= MIN_PREFIX else None)
-            single.append([rest if single.lengths[0] else prefix])
-            self._prefixes[key] = single
-            while len(self._prefixes) > _PREFIXES:
-                self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(key)
-        return self._prefixes[key]
+    def read_prefix(self, prefix: Chunk) -> Iterator[None]:
+        """Computes a prefix for later sessions in parts, see `Session.read`; known parts are skipped.
+
+        Several iterators of one prefix share the work.
+        """
+        try:
+            # Not `yield from`, which would end the work of all if one of them is closed.
+            for _ in self._prefix(prefix).parts:
+                yield
+        except Exception:
+            self._prefixes.pop(prefix.key, None)
+            raise
+
+    def _prefix(self, chunk: Chunk) -> _Prefix:
+        """What is computed of a prefix; the least recently used one is dropped beyond a few."""
+        found = self._prefixes.setdefault(chunk.key, _Prefix(self, chunk))
+        self._prefixes.move_to_end(chunk.key)
+        while len(self._prefixes) > _PREFIXES:
+            self._prefixes.popitem(last=False)
+        return found
+
+
+class _Prefix:
+    """A session of one row that holds a prefix.
+
+    Attributes:
+      session: the session, once it has been started.
+      parts: iterator that computes what is missing.
+    """
+
+    def __init__(self, generator: Generator, chunk: Chunk):
+        self.session: Session | None = None
+        self.parts = self._read(generator, chunk)
+
+    def _read(self, generator: Generator, chunk: Chunk) -> Iterator[None]:
+        # The text before the first image, such as the cards, is a prefix of its own.
+        text, rest = chunk.split(int((chunk.visual_index >= 0).argmax()))
+        if len(text.tokens) < MIN_PREFIX:
+            text, rest = None, chunk
+        else:
+            yield from generator.read_prefix(text)
+        self.session = generator.start(1, text)
+        yield from self.session.read([rest])
 
 
 class Session:
@@ -293,17 +332,42 @@ class Session:
           UserError: a row would exceed the generator's `max_length`.
           ValueError: not one entry per row, or an image of the wrong size.
         """
-        generator = self._generator
+        _exhaust(self.read(chunks))
+
+    def read(self, chunks: Sequence[Chunk | None]) -> Iterator[None]:
+        """`append` in parts of at most `PART` positions, which bound the memory of activations.
+
+        Checks and raises at once. The iterator pauses between parts; until it ends, the session must not be
+        used otherwise.
+        """
         sizes = self._sizes(chunks)
         if not sizes.any():
-            return
-        after = self.lengths + sizes
-        self._grow(int(after.max()))
-        arguments = self._chunk_arrays(chunks, sizes)
-        self._state = generator._prefill(
-            generator._params, self._state, self._padded(self.lengths), self._padded(sizes), *arguments
-        )
-        self.lengths = after
+            return iter(())
+        self._grow(int((self.lengths + sizes).max()))
+        return self._parts(sizes, *self._chunk_arrays(chunks, sizes))
+
+    def _parts(
+        self, sizes: np.ndarray, tokens: np.ndarray, index: np.ndarray, images: tuple[Any, ...]
+    ) -> Iterator[None]:
+        generator, first = self._generator, 0
+        visual = generator._encode(generator._params, *images) if images else None
+        for width in part_widths(int(sizes.max())):
+            if first:
+                yield
+            part = slice(first, first + width)
+            new = np.clip(sizes - first, 0, width)
+            shown = (index[:, part] >= 0).any()
+            self._state = generator._prefill(
+                generator._params,
+                self._state,
+                self._padded(self.lengths),
+                self._padded(new),
+                generator._put(tokens[:, part]),
+                generator._put(index[:, part]) if shown else None,
+                visual if shown else None,
+            )
+            self.lengths = self.lengths + new
+            first += width
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probabilities of the tokens of one text per row, in one pass; the session is unchanged.
@@ -328,7 +392,9 @@ class Session:
         self._grow(int((self.lengths + sizes).max()))
         tokens, *_ = self._chunk_arrays(chunks, sizes)
         log_probs = jax.device_get(
-            generator._score(generator._params, self._state, self._padded(self.lengths), tokens)
+            generator._score(
+                generator._params, self._state, self._padded(self.lengths), generator._put(tokens)
+            )
         )
         return [log_probs[row, : sizes[row]] for row in range(self.rows)]
 
@@ -403,9 +469,8 @@ class Session:
 
     def _first_not_finite(self, row: int) -> str:
         """Names the first activation that is not finite, from the keys and values in the cache."""
-        cache = jax.device_get(self._generator._extract(self._state, row).cache)
-        bad = [~np.isfinite(np.asarray(x, np.float32)[:, 0, : self.lengths[row]]) for x in cache.values()]
-        by_layer = np.any(bad, axis=(0, 3, 4))  # [layers, positions]
+        cache = self._generator._extract(self._state, row).cache
+        by_layer = np.asarray(kv_cache.not_finite(cache))[:, 0, : self.lengths[row]]
         if not by_layer.any():
             return "the logits are not finite, unlike all keys and values; check the last layer and the head"
         position = int(by_layer.any(axis=0).argmax())
@@ -454,10 +519,12 @@ class Session:
             )
         return sizes
 
-    def _chunk_arrays(self, chunks: Sequence[Chunk | None], sizes: np.ndarray) -> tuple[Any, ...]:
-        """Tokens [B, L], visual_index [B, L], and the arrays of `_image_arrays`, on their devices."""
+    def _chunk_arrays(
+        self, chunks: Sequence[Chunk | None], sizes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, tuple[Any, ...]]:
+        """Tokens [B, L], visual_index [B, L], and the arrays of `_image_arrays` on their devices."""
         generator = self._generator
-        width = _round_up(int(sizes.max()), _MIN_CHUNK)
+        width = sum(part_widths(int(sizes.max())))
         tokens = np.zeros((self._batch, width), np.int32)
         visual = np.full((self._batch, width), -1, np.int32)
         slots = [_ImageSlots(generator.processor) for _ in range(generator.parts)]
@@ -472,7 +539,8 @@ class Session:
             is_image = index >= 0
             image, offset = np.divmod(index[is_image], per_image)
             visual[row, : sizes[row]][is_image] = np.asarray(own_slots, int)[image] * per_image + offset
-        return generator._put(tokens), *map(generator._put, _image_arrays(slots, visual))
+        images = tuple(map(generator._put, _image_arrays(slots))) if (visual >= 0).any() else ()
+        return tokens, visual, images
 
     def _padded(self, values: np.ndarray) -> Any:
         dtype = bool if values.dtype == bool else np.int32
@@ -497,6 +565,16 @@ class Session:
 def cache_size(needed: int, max_length: int) -> int:
     """Positions of the cache of a dialogue that needs `needed`, one of a few sizes."""
     return min(_round_up(needed, _MIN_CACHE), max(max_length, _MIN_CACHE))
+
+
+def part_widths(positions: int) -> list[int]:
+    """Widths of the parts in which a chunk is read, the last one padded to one of a few sizes."""
+    whole, rest = divmod(positions, PART)
+    return [PART] * whole + ([_round_up(rest, _MIN_CHUNK)] if rest else [])
+
+
+def _exhaust(parts: Iterator[None]) -> None:
+    collections.deque(parts, maxlen=0)
 
 
 def _round_up(value: int, least: int) -> int:
@@ -544,11 +622,9 @@ class _ImageSlots:
         return slots
 
 
-def _image_arrays(parts: Sequence[_ImageSlots], visual: np.ndarray) -> tuple[np.ndarray | None, ...]:
-    """visual_index [B, L], images [G, M, S, S, 3], image_valid [G, M], image_tiles [G, M, 5] or None."""
+def _image_arrays(parts: Sequence[_ImageSlots]) -> tuple[np.ndarray | None, ...]:
+    """Images [G, M, S, S, 3], image_valid [G, M], image_tiles [G, M, 5] or None; at least one image."""
     counts = [len(part.images) for part in parts]
-    if not any(counts):
-        return None, None, None, None
     slots, side = (len(parts), _round_up(max(counts), 1)), parts[0].side
     images = np.zeros((*slots, side, side, 3), np.uint8)
     tiles = np.tile(np.asarray((0, *NO_GRID), np.int32), (*slots, 1))
@@ -558,4 +634,4 @@ def _image_arrays(parts: Sequence[_ImageSlots], visual: np.ndarray) -> tuple[np.
         for slot, tile in enumerate(part.tiles):
             tiles[group, slot] = tile
     valid = np.arange(slots[1]) < np.asarray(counts)[:, None]
-    return visual, images, valid, tiles if parts[0].tiled else None
+    return images, valid, tiles if parts[0].tiled else None

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax.inference.sampling import RowSampling, choose
-from vilam3_jax.models import build
+from vilam3_jax.models import build, kv_cache
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding.weights import as_weight
 
 
-def shardings(rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int) -> tuple[Any, Any]:
+def shardings(
+    rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int, cache_dtype: Any
+) -> tuple[Any, Any]:
     """Shardings of the state of a session, and of outputs that every process reads."""
     mesh = rows.mesh if rows is not None else mesh  # type: ignore[assignment]
     if mesh is None:
@@ -24,9 +26,10 @@ def shardings(rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int) -> t
     of_rows = PartitionSpec() if rows is None else rows.spec
     heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
     batch = of_rows[0] if len(of_rows) else None
-    cached = NamedSharding(mesh, PartitionSpec(None, batch, None, heads))  # [layers, rows, size, heads, ...]
+    specs = kv_cache.partition_specs(cache_dtype, batch, heads)
+    cache = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     each = NamedSharding(mesh, of_rows)
-    return State({"k": cached, "v": cached}, each, each), NamedSharding(mesh, PartitionSpec())
+    return State(cache, each, each), NamedSharding(mesh, PartitionSpec())
 
 
 def inside(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,7 +49,7 @@ class State(NamedTuple):
     """What a session holds on the devices.
 
     Attributes:
-      cache: k and v, each [layers, B, size, kv heads, head dim].
+      cache: see `models.kv_cache`.
       logits: float32 [B, V'], of the next token; -inf for ids outside the tokenizer's vocabulary.
       held: bool [B, V'], tokens of the dialogue so far.
     """
@@ -66,12 +69,14 @@ class Generated(NamedTuple):
     finite: Any
 
 
-def start(graphdef: Any, params: Any, rows: int, size: int) -> State:
+def start(graphdef: Any, cache_dtype: Any, params: Any, rows: int, size: int) -> State:
     """An empty cache."""
     llm = build.merge(graphdef, params).llm
     vocab = as_weight(llm.head_kernel()).value.shape[1]
     return State(
-        llm.init_cache(rows, size), jnp.zeros((rows, vocab), jnp.float32), jnp.zeros((rows, vocab), bool)
+        llm.init_cache(rows, size, cache_dtype),
+        jnp.zeros((rows, vocab), jnp.float32),
+        jnp.zeros((rows, vocab), bool),
     )
 
 
@@ -83,11 +88,7 @@ def repeat(state: State, rows: int) -> State:
 
 def lengthen(state: State, size: int) -> State:
     """Pads the cache to `size` positions."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0)))
-
-    return state._replace(cache=jax.tree.map(pad, state.cache))
+    return state._replace(cache=kv_cache.lengthen(state.cache, size))
 
 
 def insert(state: State, single: State, row: jax.Array) -> State:
@@ -112,19 +113,27 @@ def next_logits(model: Any, hidden: jax.Array, vocab_size: int) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
+def encode(
+    graphdef: Any, params: Any, images: jax.Array, image_valid: jax.Array, image_tiles: jax.Array | None
+) -> jax.Array:
+    """The image tokens that `prefill` inserts, [G, M*T, D]; see `Vila.visual_tokens`."""
+    return build.merge(graphdef, params).visual_tokens(images, image_valid, image_tiles)
+
+
 def prefill(
     graphdef: Any, vocab_size: int, params: Any, state: State, lengths: jax.Array, sizes: jax.Array,
-    tokens: jax.Array, visual: jax.Array | None, images: jax.Array | None, image_valid: jax.Array | None,
-    image_tiles: jax.Array | None,
+    tokens: jax.Array, visual_index: jax.Array | None, visual: jax.Array | None,
 ) -> State:  # fmt: skip
     """Appends a padded chunk to the cache; rows with size 0 keep their logits."""
     model = build.merge(graphdef, params)
-    embeds = model.embed(tokens, images, image_valid, visual, image_tiles)
+    embeds = model.insert(tokens, visual_index, visual)
     steps = jnp.arange(tokens.shape[1])[None]
     hidden, cache = model.llm.forward_cached(embeds, lengths[:, None] + steps, state.cache, lengths)
     last = jnp.take_along_axis(hidden, jnp.maximum(sizes - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = jnp.where((sizes > 0)[:, None], next_logits(model, last, vocab_size), state.logits)
-    is_text = steps < sizes[:, None] if visual is None else (steps < sizes[:, None]) & (visual < 0)
+    is_text = steps < sizes[:, None]
+    if visual_index is not None:
+        is_text &= visual_index < 0
     # A row without positions is a new dialogue.
     held = state.held & (lengths > 0)[:, None]
     return State(cache, logits, hold(held, jnp.where(is_text, tokens, held.shape[1])))

@@ -18,8 +18,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from vilam3_jax.errors import UserError
+from vilam3_jax.models import kv_cache
 from vilam3_jax.models.layers import Embed, Init, Linear, RMSNorm, StackInit, remat_layer, scan_layers
 from vilam3_jax.ops.attention import MaskInfo, attention
+from vilam3_jax.ops.quantized import QuantizedKernel, scaled_einsum
 from vilam3_jax.runtime import compat
 from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding.logical_axes import shard
@@ -28,7 +30,6 @@ from vilam3_jax.sharding.weights import as_weight
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 INIT = jax.nn.initializers.normal(0.02)
 
-Cache = dict[str, jax.Array]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, see `rope_tables`
 # q [B, L, H, hd], k and v [B, L, K, hd] -> (attended [B, L, H, hd], new cache or None)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -291,8 +292,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> float32 [..., V]; for generation, which needs few positions."""
-        kernel = as_weight(self.head_kernel()).value
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        kernel = as_weight(self.head_kernel()).value.astype(hidden.dtype)
+        if isinstance(kernel, QuantizedKernel):
+            lead = "ab"[: hidden.ndim - 1]
+            return scaled_einsum(f"{lead}i,io->{lead}o", hidden, kernel, jnp.float32)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
     def __call__(self, embeds: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Packed rows without a cache: [B, L, D] -> [B, L, D] after the final norm.
@@ -320,15 +324,14 @@ class Decoder(nnx.Module):
         x = shard(embeds.astype(self.dtype), "batch", "length", "embed")
         return self.final_norm(scan_layers(body, x, params, self.kinds))
 
-    def init_cache(self, batch: int, size: int, dtype: Any = None) -> Cache:
-        """Empty cache: k and v, each [layers, batch, size, kv heads, head dim]."""
-        shape = (len(self.kinds), batch, size, *self.cache_shape)
-        dtype = self.dtype if dtype is None else dtype
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    def init_cache(self, batch: int, size: int, dtype: Any = None) -> kv_cache.Cache:
+        """Empty cache, of the type of the activations by default; see `kv_cache`."""
+        dtype = self.dtype if dtype is None else jnp.dtype(dtype)
+        return kv_cache.empty(len(self.kinds), batch, size, *self.cache_shape, dtype)
 
     def forward_cached(
-        self, embeds: jax.Array, positions: jax.Array, cache: Cache, write_at: jax.Array
-    ) -> tuple[jax.Array, Cache]:
+        self, embeds: jax.Array, positions: jax.Array, cache: kv_cache.Cache, write_at: jax.Array
+    ) -> tuple[jax.Array, kv_cache.Cache]:
         """Runs tokens against the KV cache: full prefill, chunked prefill or single-token decoding.
 
         Token i of row b is written to slot `write_at[b] + i` and attends to slots up to it. A chunk shorter
@@ -347,21 +350,17 @@ class Decoder(nnx.Module):
         graphdef, params = compat.split(self.layers)
         ropes = self._ropes(positions)
         slots = write_at[:, None] + jnp.arange(embeds.shape[1])[None]
-        rows = jnp.arange(embeds.shape[0])[:, None]
 
         # The cache is a carry of the scan, not scanned over, so that each layer writes in place.
-        def body(carry: tuple[jax.Array, Cache], layer: Any, kind: LayerKind) -> tuple[jax.Array, Cache]:
+        def body(
+            carry: tuple[jax.Array, kv_cache.Cache], layer: Any, kind: LayerKind
+        ) -> tuple[jax.Array, kv_cache.Cache]:
             x, cache = carry
             params, index = layer
 
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
-                # 'drop': padding may lie beyond the cache, and clamping would overwrite real slots.
-                written = {
-                    "k": cache["k"].at[index, rows, slots].set(k.astype(cache["k"].dtype), mode="drop"),
-                    "v": cache["v"].at[index, rows, slots].set(v.astype(cache["v"].dtype), mode="drop"),
-                }
-                keys = jax.lax.dynamic_index_in_dim(written["k"], index, keepdims=False).astype(q.dtype)
-                values = jax.lax.dynamic_index_in_dim(written["v"], index, keepdims=False).astype(q.dtype)
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, kv_cache.Cache]:
+                written = kv_cache.write(cache, index, slots, k, v)
+                keys, values = kv_cache.read(written, index, q.dtype)
                 where: dict[str, Any] = dict(q_positions=slots, kv_positions=jnp.arange(keys.shape[1])[None])
                 mask = MaskInfo(**where, causal=True, window=kind.window)
                 return attention(q, keys, values, mask, scale=self.attention_scale), written

@@ -81,15 +81,17 @@ class Vila(nnx.Module):
         Raises:
           ValueError: the rows do not divide into groups, or arguments are missing.
         """
-        text = shard(self.llm.embed(tokens), "batch", "length", "embed")
         if images is None or not images.shape[1]:  # data.images_per_group=0
-            return text
+            return self.insert(tokens)
         if image_valid is None or visual_index is None:
             raise ValueError("images need image_valid and visual_index")
+        return self.insert(tokens, visual_index, self.visual_tokens(images, image_valid, image_tiles))
+
+    def visual_tokens(
+        self, images: jax.Array, image_valid: jax.Array, image_tiles: jax.Array | None = None
+    ) -> jax.Array:
+        """The image tokens of each group, [G, M*T, D], zero for empty slots; arguments as for `embed`."""
         groups = images.shape[0]
-        rows, length = tokens.shape
-        if rows % groups:
-            raise ValueError(f"{rows} rows do not divide into {groups} groups")
         if (image_tiles is None) == (self.layout.mode == "dynamic_s2"):
             raise ValueError(f"image_tiles and image_aspect_ratio={self.layout.mode!r} contradict each other")
         if image_tiles is None:
@@ -97,7 +99,18 @@ class Vila(nnx.Module):
         else:
             visual = self.encode_tiles(images, image_tiles)
         visual = jnp.where(image_valid.reshape(-1, 1, 1), visual, 0)
-        visual = shard(visual.reshape(groups, -1, visual.shape[-1]), "batch", None, "embed")
+        return shard(visual.reshape(groups, -1, visual.shape[-1]), "batch", None, "embed")
+
+    def insert(
+        self, tokens: jax.Array, visual_index: jax.Array | None = None, visual: jax.Array | None = None
+    ) -> jax.Array:
+        """Text embeddings [B, L, D], with the image tokens `visual` [G, M*T, D]; see `embed`."""
+        text = shard(self.llm.embed(tokens), "batch", "length", "embed")
+        if visual_index is None or visual is None:
+            return text
+        groups, (rows, length) = visual.shape[0], tokens.shape
+        if rows % groups:
+            raise ValueError(f"{rows} rows do not divide into {groups} groups")
         index = shard(visual_index.reshape(groups, -1, 1), "batch", None, None)
         inserted = jnp.take_along_axis(visual, jnp.maximum(index, 0), axis=1)
         inserted = shard(inserted, "batch", None, "embed").reshape(rows, length, -1)

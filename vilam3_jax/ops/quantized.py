@@ -96,12 +96,12 @@ class QuantizedMatmul:
         return einsum(self, spec, x, kernel)
 
 
-def check_installed(key: str) -> None:
-    """Raises UserError if Qwix, which the config key `key` needs, is not installed."""
+def check_installed(setting: str, otherwise: str) -> None:
+    """Raises UserError if Qwix, which `setting` needs, is not installed; `otherwise` is what else helps."""
     if importlib.util.find_spec("qwix") is None:
         raise UserError(
-            f"config {key} needs the package qwix, which is not installed; pip install -e '.[quant]', "
-            "or leave the key empty"
+            f"{setting} needs the package qwix, which is not installed; pip install -e '.[quant]', "
+            f"or {otherwise}"
         )
 
 
@@ -134,6 +134,23 @@ def _quantize(array: jax.Array, letters: str, kept: str, kind: Any) -> Any:
 
     channels = [axis for axis, letter in enumerate(letters) if letter in kept]
     return qwix.quantize(array.astype(jnp.float32), kind, channelwise_axes=channels)
+
+
+def quantize_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Int8 like `x` [..., n], and one float32 scale [...] for each vector of n numbers.
+
+    The largest magnitude becomes 127. By default, Qwix makes it 127.5, whose rounding depends on the last bit
+    of the input: values that differ by rounding would often differ by a whole step afterwards.
+    """
+    import qwix
+
+    found = qwix.quantize(
+        x.astype(jnp.float32),
+        jnp.int8,
+        channelwise_axes=range(x.ndim - 1),
+        calibration_method=f"absmax,{127.5 / 127}",
+    )
+    return found.qvalue, found.scale[..., 0]
 
 
 def _forward(how: QuantizedMatmul, spec: str, x: Any, y: Any) -> tuple[jax.Array, tuple[Any, Any]]:
@@ -209,6 +226,11 @@ class QuantizedKernel:
             self, last=tuple(math.prod(self.shape) // known if size == -1 else size for size in shape)
         )
 
+    @property
+    def T(self) -> QuantizedKernel:
+        """The transposed matrix; for 'int8' alone."""
+        return dataclasses.replace(self, qvalue=self.qvalue.mT, scale=self.scale.mT)
+
     def __getitem__(self, layers: Any) -> QuantizedKernel:
         """Selects layers of a stack; [...] returns the whole kernel."""
         return self if layers is ... else jax.tree.map(lambda part: part[layers], self)
@@ -242,6 +264,31 @@ def quantize_kernel(kernel: jax.Array, kind: str) -> QuantizedKernel:
         codes = qvalue.astype(jnp.uint8).reshape(*kernel.shape[:-2], -1, 2, kernel.shape[-1])
         qvalue = codes[..., 0, :] | codes[..., 1, :] << 4
     return QuantizedKernel(qvalue, found.scale, kind, kernel.dtype)
+
+
+def quantize_table(table: jax.Array) -> QuantizedKernel:
+    """Quantises [V, D] to int8 with one scale per row, the transpose of a kernel with one per column."""
+    return quantize_kernel(table.T, "int8").T
+
+
+def scaled_einsum(
+    spec: str, x: jax.Array, kernel: QuantizedKernel, preferred_element_type: Any = None
+) -> jax.Array:
+    """`jnp.einsum` with the integers of an 'int8' kernel, whose scales multiply the sums.
+
+    Int8 is exact in bfloat16, so nothing but the kernel is rounded, and there is nothing to compute before
+    the product but a conversion, which compilers fuse into it.
+
+    Args:
+      spec: see `matmul.einsum`; the axes of columns are the last ones of the result.
+      x: first factor.
+      kernel: second factor, with one scale per column.
+      preferred_element_type: type of the result; by default that of `x`.
+    """
+    _, second, result = _terms(spec)
+    columns = [size for letter, size in zip(second, kernel.shape, strict=True) if letter in result]
+    sums = matmul.einsum(spec, x, kernel.qvalue.reshape(kernel.shape).astype(x.dtype), jnp.float32)
+    return (sums * kernel.scale.reshape(columns)).astype(preferred_element_type or x.dtype)
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from typing import NoReturn
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.assistant import NOT_CLINICAL, host_command, load
+from vilam3_jax.inference.model_flags import add_model_flags, model_options
 from vilam3_jax.runtime import paths
 from vilam3_jax.serving.samples import samples_of
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         default=60,
         help="uploaded files are deleted after this time (default: 60)",
     )
+    add_model_flags(parser)
     return parser
 
 
@@ -159,6 +161,7 @@ def main(argv: Sequence[str]) -> int:
                 max_length=options.max_length,
                 batch_size=options.slots,
                 text=options.text,
+                **model_options(options),
             )
         )
         wanted = bool(options.annotations) or options.expert_host not in ("auto", "off")

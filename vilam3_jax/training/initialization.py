@@ -16,9 +16,10 @@ from vilam3_jax.checkpoints import exports
 from vilam3_jax.errors import UserError, listed
 from vilam3_jax.models import param_paths
 from vilam3_jax.models.model_config import ModelConfig
+from vilam3_jax.ops import quantized_loading
 from vilam3_jax.ops.quantized import QuantizedKernel, quantize_kernel
 from vilam3_jax.runtime.settings import Section
-from vilam3_jax.training import frozen_kernels, step_guard
+from vilam3_jax.training import step_guard
 from vilam3_jax.training.train_state import TrainState, shardings
 
 _LORA = "/lora_"
@@ -124,7 +125,7 @@ def _load(
         part = parts[name]
         read = partial(exports.load_params, source, optional=_adapters(part))
         found = read({path: leaf for path, leaf in part.items() if path not in quantized})
-        found |= frozen_kernels.load({path: quantized[path] for path in part if path in quantized}, read)
+        found |= quantized_loading.load({path: quantized[path] for path in part if path in quantized}, read)
         loaded.update(found)
         origin |= dict.fromkeys(map(_component, found), source)
     return loaded, origin

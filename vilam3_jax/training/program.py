@@ -157,7 +157,7 @@ def _loss_fn(
     """The loss as a function of parameters by path and a batch, with quantised products if configured."""
     quantization, einsums = config.quantization, {}
     if quantization.matmul:
-        quantized.check_installed("quantization.matmul")
+        quantized.check_installed("config quantization.matmul", "leave the key empty")
         how = quantized.QuantizedMatmul(quantization.matmul, quantization.gradients)
         einsums = dict.fromkeys(quantization.matching(shapes), how)
     shardings = train_state.shardings(state.all_params())

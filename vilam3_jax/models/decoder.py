@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import kv_cache
 from vilam3_jax.models.layers import Embed, Init, Linear, RMSNorm, StackInit, remat_layer, scan_layers
-from vilam3_jax.ops.attention import MaskInfo, attention
+from vilam3_jax.ops.attention import MaskInfo, attention, cached_attention
 from vilam3_jax.ops.quantized import QuantizedKernel, scaled_einsum
 from vilam3_jax.runtime import compat
 from vilam3_jax.runtime.settings import Section, setting
@@ -364,6 +364,10 @@ class Decoder(nnx.Module):
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, kv_cache.Cache]:
                 written = kv_cache.write(cache, index, slots, k, v)
+                stacked = written["k"], written["v"], index
+                how: dict[str, Any] = dict(window=kind.window, scale=self.attention_scale)
+                if (attended := cached_attention(q, *stacked, slots[:, 0], **how)) is not None:
+                    return attended, written
                 keys, values = kv_cache.read(written, index, q.dtype)
                 where: dict[str, Any] = dict(q_positions=slots, kv_positions=jnp.arange(keys.shape[1])[None])
                 mask = MaskInfo(**where, causal=True, window=kind.window)

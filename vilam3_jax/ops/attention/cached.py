@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from vilam3_jax.sharding import logical_axes
-from vilam3_jax.sharding.matmul import LANES, SUBLANES
+from vilam3_jax.sharding.matmul import LANES
 
 KERNEL = "cached_attention"
 _BLOCK = 512  # slots that are read together
@@ -88,10 +88,8 @@ def _attend(
     rows, _, heads, width = q.shape
     kv_heads, size = k.shape[2:4]
     group, block = heads // kv_heads, math.gcd(size, _BLOCK)
-    padded = group + -group % SUBLANES
     queries = q.reshape(rows, kv_heads, group, width)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
-    of_row = pl.BlockSpec((None, kv_heads, padded, width), lambda row, step, layer, slots: (row, 0, 0, 0))
+    of_row = pl.BlockSpec((None, kv_heads, group, width), lambda row, step, layer, slots: (row, 0, 0, 0))
 
     def place(row: Any, step: Any, layer: Any, slots: Any) -> tuple[Any, ...]:
         # Blocks without a slot are those of the previous or next step, which are not read again.
@@ -107,9 +105,9 @@ def _attend(
             in_specs=[of_row, of_cache, of_cache],
             out_specs=of_row,
             scratch_shapes=[
-                pltpu.VMEM((kv_heads, padded, LANES), jnp.float32),
-                pltpu.VMEM((kv_heads, padded, LANES), jnp.float32),
-                pltpu.VMEM((kv_heads, padded, width), jnp.float32),
+                pltpu.VMEM((kv_heads, group, LANES), jnp.float32),
+                pltpu.VMEM((kv_heads, group, LANES), jnp.float32),
+                pltpu.VMEM((kv_heads, group, width), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(queries.shape, q.dtype),
@@ -117,7 +115,7 @@ def _attend(
         interpret=interpret,
         name=KERNEL,
     )(layer, slots, queries, k, v)
-    return out[:, :, :group].reshape(q.shape)
+    return out.reshape(q.shape)
 
 
 def _blocks(slot: Any, size: int, block: int, window: int | None) -> tuple[Any, Any]:

@@ -135,7 +135,7 @@ def rate(
     pairs = [(question, told) for question in QUESTIONS for told in instructions]
     attacked = bench.run([Case(channel, *pair) for pair in pairs])
     plain = bench.run([Case(channel, question, None) for question in QUESTIONS])
-    without = dict(zip(QUESTIONS, plain, strict=True))
+    without: dict[str, Transcript] = dict(zip(QUESTIONS, plain, strict=True))
     done = read = 0
     for (question, told), transcript in zip(pairs, attacked, strict=True):
         if channel == "expert" and not transcript.calls:

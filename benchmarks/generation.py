@@ -31,9 +31,9 @@ from vilam3_jax.configs import models
 
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.convert.importer import import_model
-from vilam3_jax.inference.agent import load_generator
 from vilam3_jax.inference.batching import Batcher, Script, Turn
 from vilam3_jax.inference.generate import Chunk, Generator
+from vilam3_jax.inference.loading import load_generator
 from vilam3_jax.inference.model_flags import add_model_flags, model_options
 from vilam3_jax.models import build, model_config, param_paths
 

@@ -12,8 +12,8 @@ import pytest
 from tests.inference.test_batching import picture, text
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.agent import load_generator
 from vilam3_jax.inference.generate import Generator
+from vilam3_jax.inference.loading import load_generator, open_model
 from vilam3_jax.models import kv_cache, param_paths
 from vilam3_jax.ops.quantized import QuantizedKernel
 from vilam3_jax.sharding.weights import Weight
@@ -186,7 +186,8 @@ def test_no_float_copy_stays_on_the_device(export):
 
 
 def test_models_without_llm_and_unknown_types_are_refused(export, towers_export):
+    source = open_model(towers_export)
     with pytest.raises(UserError, match="dtype 'int8': a contrastive model has no LLM"):
-        exports.load_export(towers_export, dtype="int8")
+        exports.read_model(source.config, source.read, dtype="int8")
     with pytest.raises(UserError, match="cache_dtype 'int3': must be"):
         load_generator(export, cache_dtype="int3")

@@ -417,6 +417,17 @@ def encode_document(
     return build.done()
 
 
+def encode_beginning(
+    tokenizer: TokenizerLike, turns: Sequence[Turn], tokens_per_image: int, rules: TextRules = ALL_CLEAN
+) -> Encoded:
+    """Encodes the beginning of a document (see `encode_document`) for generation; nothing is a target."""
+    build = _Builder(tokenizer, dataclasses.replace(PLAIN, rules=rules), tokens_per_image)
+    build.start()
+    for turn in turns:
+        build.text(turn.text, False)
+    return build.done()
+
+
 def encode_prompt(
     tokenizer: TokenizerLike,
     template: Template,

@@ -6,16 +6,15 @@ same functions as in training (`data/experts/exchange.py`).
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
-import jax
 import numpy as np
 
-from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 from vilam3_jax.data.experts.cards import Card, render_cards
@@ -28,19 +27,17 @@ from vilam3_jax.data.experts.record import failed
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.experts.wording import Plane, one_line
 from vilam3_jax.data.image_processor import ImageProcessor
-from vilam3_jax.data.templates import Template, encode_prompt, model_template
-from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vilam3_jax.data.templates import Encoded, Template, encode_prompt
+from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.data.volume_slices import with_markers
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import batching
 from vilam3_jax.inference.constraints import AnswerForm, Constraint
-from vilam3_jax.inference.generate import MIN_PREFIX, Chunk, Decoded, Generator
+from vilam3_jax.inference.generate import MIN_PREFIX, Chunk, Decoded, Generator, encoded_chunk
 from vilam3_jax.inference.images import Scan
 from vilam3_jax.inference.sampling import GREEDY, Sampling
 from vilam3_jax.inference.transcript import ExpertCall, Generated, Message, Transcript
-from vilam3_jax.runtime import paths
-from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.sharding.mesh import MeshConfig
+from vilam3_jax.runtime import processes
 
 DEFAULT_MAX_NEW_TOKENS = 128
 MAX_CALLS = 8  # of one turn; what the model writes after them is cut
@@ -142,6 +139,19 @@ class Providers:
         return annotation
 
 
+class PrimaryProvider:
+    """Results that the primary process obtains for all processes."""
+
+    def __init__(self, provider: Provider):
+        self._provider = provider
+
+    def annotate(self, query: Query, expert: str, args: str) -> Annotation:
+        def make() -> str:
+            return base64.b64encode(self._provider.annotate(query, expert, args).to_bytes()).decode()
+
+        return Annotation.from_bytes(base64.b64decode(processes.made_by_primary_process(make)))
+
+
 class Agent:
     """A model with its template, expert cards, and a source of expert results."""
 
@@ -231,7 +241,7 @@ class Agent:
         tokenizer = self._generator.tokenizer
         chunk = self._question_chunk(row)
         turn = batching.Turn(
-            chunk, max_new_tokens, tuple(self._stops), sampling=sampling, prefix=_prefix_length(chunk)
+            chunk, max_new_tokens, tuple(self._stops), sampling=sampling, prefix=prefix_length(chunk)
         )
         for round_number in range(self._max_rounds + 1):
             last = round_number == self._max_rounds
@@ -398,16 +408,12 @@ class Agent:
         turns = [dataclasses.replace(turn, text=self._plain(turn)) for turn in turns]
         if sum(turn.text.count(IMAGE_MARKER) for turn in turns) != len(images):
             raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, it is inserted automatically")
-        generator, processor = self._generator, self.processor
-        count = generator.tokens_per_image
-        grids = [processor.grid(image) for image in images]
-        turns = processor.expand(turns, grids)
-        encoded = encode_prompt(generator.tokenizer, self._template, turns, count, after_answer=after_answer)
-        encoded = processor.merge(encoded, grids, count)
-        index = encoded.image_of_token * count + encoded.visual_offset
-        inputs = tuple(tile for image in images for tile in processor.inputs(image))
-        visual = np.where(encoded.image_of_token >= 0, index, -1)
-        return Chunk(encoded.tokens, visual, inputs, processor.tile_map(grids))
+        tokenizer, size = self._generator.tokenizer, self._generator.tokens_per_image
+
+        def encode(turns: Sequence[Turn]) -> Encoded:
+            return encode_prompt(tokenizer, self._template, turns, size, after_answer=after_answer)
+
+        return encoded_chunk(turns, images, self.processor, size, encode)
 
     def _plain(self, turn: Turn) -> str:
         text = self._template.without_headers(turn.text)
@@ -425,7 +431,7 @@ def _for_people(annotation: Annotation) -> Annotation:
     return dataclasses.replace(annotation, reason=reason, verdicts=verdicts)
 
 
-def _prefix_length(chunk: Chunk) -> int:
+def prefix_length(chunk: Chunk) -> int:
     """Tokens up to the last image, which other questions about the same images begin with, too."""
     images = np.flatnonzero(chunk.visual_index >= 0)
     length = int(images[-1]) + 1 if len(images) else 0
@@ -549,57 +555,3 @@ class _Dialogue:
             asked_at=self.asked_at,
             seconds=time.monotonic() - self.began,
         )
-
-
-def load_generator(
-    checkpoint: paths.PathLike,
-    *,
-    max_length: int = 2048,
-    batch_size: int = 16,
-    text: str = "",
-    tensor: int = 1,
-    dtype: str | None = None,
-    cache_dtype: str | None = None,
-) -> tuple[Generator, Template]:
-    """Opens an export of a generative model.
-
-    Args:
-      checkpoint: export folder, or a run with one.
-      max_length: maximum positions of a dialogue.
-      batch_size: maximum dialogues of a batch.
-      text: changes of the export's text rules, see `TextRules.changed`.
-      tensor: devices that share the heads and hidden units; -1 is all. With several processes, all call this.
-      dtype: "float32" or "bfloat16": type of weights and activations; "int8": matrices of the LLM in int8,
-        the rest in the type of the export's activations. By default that of the export.
-      cache_dtype: type of cached keys and values: "float32", "bfloat16" or "int8"; by default that of
-        activations.
-
-    Raises:
-      UserError: no export of a generative model with a tokenizer, an unknown text rule or type, or a model
-        that cannot be split over so many devices.
-    """
-    folder = exports.locate(checkpoint)
-    config = exports.load_model_config(folder)
-    if config.get("kind") != "generative":
-        raise UserError(
-            f"{folder}: holds a {config.get('kind')} model, which generates no text; "
-            "give the export of a later stage"
-        )
-    template = model_template(config, text)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    mesh = None
-    if tensor != 1:
-        count = len(jax.devices()) if tensor == -1 else tensor
-        axes = MeshConfig(data=1, fsdp=1, tensor=count)
-        mesh = mesh_lib.build_mesh(axes, jax.devices()[:count])
-    params, config, _ = exports.load_export(folder, mesh=mesh, dtype=dtype)
-    generator = Generator(
-        config,
-        params,
-        tokenizer,
-        max_length=max_length,
-        batch_size=batch_size,
-        mesh=mesh,
-        cache_dtype=cache_dtype,
-    )
-    return generator, template

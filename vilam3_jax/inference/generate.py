@@ -13,15 +13,17 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.packing import NO_GRID
+from vilam3_jax.data.templates import Encoded
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import programs
@@ -32,7 +34,7 @@ from vilam3_jax.models.model_config import resolve
 _MIN_CHUNK = 16
 _MIN_CACHE = 256
 _MIN_NEW = 32
-_STOP_SLOTS = 8
+MAX_STOP_IDS = 8
 _PREFIXES = 8
 PART = 512  # positions of a prompt that are computed together
 MIN_PREFIX = 16  # tokens worth keeping for other dialogues
@@ -93,6 +95,33 @@ class Chunk:
             dataclasses.replace(self, tokens=part.tokens, visual_index=side) if (side >= 0).any() else part
             for part, side in zip(parts, sides, strict=True)
         )
+
+
+def encoded_chunk(
+    turns: Sequence[Turn],
+    images: Sequence[np.ndarray],
+    processor: ImageProcessor,
+    tokens_per_image: int,
+    encode: Callable[[Sequence[Turn]], Encoded],
+) -> Chunk:
+    """A chunk of text and images.
+
+    Args:
+      turns: with one `<image>` per image.
+      images: uint8 [H, W, 3] each, in order.
+      processor: of the model.
+      tokens_per_image: T.
+      encode: turns ↦ tokens, one of the functions of `data.templates`.
+
+    Raises:
+      ValueError: the numbers of markers and images differ.
+    """
+    grids = [processor.grid(image) for image in images]
+    encoded = processor.merge(encode(processor.expand(turns, grids)), grids, tokens_per_image)
+    index = encoded.image_of_token * tokens_per_image + encoded.visual_offset
+    inputs = tuple(tile for image in images for tile in processor.inputs(image))
+    visual = np.where(encoded.image_of_token >= 0, index, -1)
+    return Chunk(encoded.tokens, visual, inputs, processor.tile_map(grids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,9 +486,9 @@ class Session:
             rows = [list(one) for one in given if isinstance(one, Sequence)]
         else:
             rows = [list(given)] * self.rows
-        if len(rows) != self.rows or max(map(len, rows)) > _STOP_SLOTS:
-            raise ValueError(f"stop ids {given}: at most {_STOP_SLOTS}, for all rows or for each")
-        return np.asarray([row + [-1] * (_STOP_SLOTS - len(row)) for row in rows], np.int32)
+        if len(rows) != self.rows or max(map(len, rows)) > MAX_STOP_IDS:
+            raise ValueError(f"stop ids {given}: at most {MAX_STOP_IDS}, for all rows or for each")
+        return np.asarray([row + [-1] * (MAX_STOP_IDS - len(row)) for row in rows], np.int32)
 
     def _decoded(self, row: int, out: programs.Generated) -> Decoded:
         count = out.counts[row]

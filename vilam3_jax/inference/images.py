@@ -18,6 +18,7 @@ from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import IMAGE_MARKER
 from vilam3_jax.data.experts.store import Annotation
+from vilam3_jax.data.experts.verify.evidence import values_of
 from vilam3_jax.data.images import encode_png, load_image, resize
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Window
@@ -263,5 +264,13 @@ def _slices(
         slices=tuple((n, preprocessing.slice_image(volume, along, n, window, size)) for n in numbers),
         planes=count,
         description=f"{axis} {shown} of 0 to {count - 1}, {preprocessing.describe(volume, window)}",
-        notes=(*volume.notes, *preprocessing.notes(volume.modality, volume, window)),
+        notes=(*volume.notes, *preprocessing.notes(volume.modality, volume, window), *_doubts(volume)),
     )
+
+
+def _doubts(volume: Volume) -> list[str]:
+    if volume.modality != "CT" or values_of(volume) != "not hounsfield":
+        return []
+    return [
+        "The volume is declared as CT, but its values do not look like Hounsfield units; check the modality."
+    ]

@@ -48,7 +48,7 @@ class Message:
 
     role: str
     text: str
-    images: tuple[np.ndarray, ...] = ()
+    images: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
     time: float = dataclasses.field(default=0.0, compare=False)
     generated: Generated | None = dataclasses.field(default=None, compare=False)
 
@@ -99,16 +99,16 @@ class Transcript:
 
     turns: tuple[Message, ...]
     answer: str
-    annotations: tuple[Annotation, ...] = ()
+    annotations: tuple[Annotation, ...] = dataclasses.field(default=(), repr=False)
     trigger_text: str | None = None
     truncated: bool = False
     cut: tuple[str, ...] = ()
     unexecuted_calls: tuple[Call, ...] = ()
     first_turn: int = 0
-    scans: tuple[Scan, ...] = ()
-    results: tuple[tuple[Call, Result], ...] = ()
-    cards: str = ""
-    calls: tuple[ExpertCall, ...] = dataclasses.field(default=(), compare=False)
+    scans: tuple[Scan, ...] = dataclasses.field(default=(), repr=False)
+    results: tuple[tuple[Call, Result], ...] = dataclasses.field(default=(), repr=False)
+    cards: str = dataclasses.field(default="", repr=False)
+    calls: tuple[ExpertCall, ...] = dataclasses.field(default=(), compare=False, repr=False)
     asked_at: float = dataclasses.field(default=0.0, compare=False)
     seconds: float = dataclasses.field(default=0.0, compare=False)
 
@@ -139,10 +139,17 @@ class Transcript:
         return next((turn.text for turn in reversed(self.turns) if turn.role == "expert"), None)
 
     @property
+    def overlay_result(self) -> Result | None:
+        """The last result about the scans that is shown as an overlay, or None."""
+        shown = [result for _, result in self.results if result.shows_overlay]
+        return shown[-1] if shown else None
+
+    @property
     def overlay(self) -> np.ndarray | None:
-        """The last overlay of an expert, uint8 [H, W, 3], or None."""
-        overlays = [image for turn in self.turns if turn.role == "expert" for image in turn.images]
-        return overlays[-1] if overlays else None
+        """The overlay of `overlay_result`, uint8 [H, W, 3], or None."""
+        if self.overlay_result is None:
+            return None
+        return [image for turn in self.turns if turn.role == "expert" for image in turn.images][-1]
 
     def to_dict(self, *, content: bool = True) -> dict[str, Any]:
         """The dialogue since the last question as JSON values; `docs/asking.md` describes the keys.

@@ -25,6 +25,7 @@ from vilam3_jax.inference import batching
 from vilam3_jax.inference.agent import Event
 from vilam3_jax.inference.assistant import Assistant, Reply
 from vilam3_jax.inference.generate import Decoded
+from vilam3_jax.inference.stop_texts import certain, until_stop
 from vilam3_jax.serving.engine import LATE, ClosedError, DeadlineError, Engine
 from vilam3_jax.serving.inputs import Ask, Dialogue
 
@@ -153,9 +154,7 @@ class AnswerText:
     def add(self, piece: str) -> str:
         """What can be sent after another piece: no blanks at the end, no possible start of a stop text."""
         self._text = (self._text + piece).lstrip()
-        ready = until_stop(self._text, self._stops)
-        held = max((_overlap(ready, stop) for stop in self._stops), default=0)
-        ready = ready[: len(ready) - held].rstrip()
+        ready = certain(self._text, self._stops).rstrip()
         new = ready[self._sent :]
         self._sent = max(self._sent, len(ready))
         return new
@@ -163,17 +162,6 @@ class AnswerText:
     def rest(self, answer: str) -> str:
         """What remains to be sent of the whole answer."""
         return answer[self._sent :]
-
-
-def until_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop text."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 async def answer(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.assistant import NOT_CLINICAL, Assistant, host_command, load
-from vilam3_jax.inference.model_flags import add_model_flags, model_options
-from vilam3_jax.runtime import paths
+from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
+from vilam3_jax.runtime import paths, process_flags, processes
 
 if TYPE_CHECKING:
     from vilam3_jax.serving.audit import AuditLog
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the model, its experts and its engine, which `vilam3 mcp` has, too."""
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a training run or its export folder")
+    add("--checkpoint", required=True, help=CHECKPOINT_HELP)
     add("--model_name", help="name of the model in requests (default: the folder's)")
     add("--annotations", help="annotation store, which is preferred to the expert host")
     add("--expert_host", default="auto", help="auto (the installed vilam3-experts), off, or a command")
@@ -91,7 +91,12 @@ def add_audit_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_limits(options: argparse.Namespace, *more: str) -> None:
-    """Raises `UserError` for limits out of range and audit flags that contradict each other."""
+    """Raises `UserError` for limits out of range, contradictory audit flags, and several processes."""
+    if processes.several(**process_flags.argument_values(options)):
+        raise UserError(
+            "a server is one process: start it on one host, and share the model over its devices by --mesh; "
+            "for a larger model, `vilam3 convert export` writes folders for servers that span hosts"
+        )
     for name in ("slots", "queue", "deadline", "max_length", "max_new_tokens", *more):
         if not 0 < getattr(options, name) < _LARGEST:
             raise UserError(f"--{name}={getattr(options, name)}: must be above 0 and below {_LARGEST}")

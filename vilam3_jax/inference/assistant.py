@@ -19,6 +19,7 @@ from vilam3_jax.data.experts.cards import Card, card_list
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.host_client import ExpertHost
+from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.errors import UserError
@@ -304,6 +305,14 @@ class Assistant:
     ) -> Transcript | None:
         """The `earlier` of `script` from a dialogue that somebody else kept; see `Agent.replay`."""
         return self._agent(experts).replay(exchanges, system=system)
+
+    def refusal(self, call: Call) -> str | None:
+        """Why a call is refused, because no card lists its expert or argument, or None."""
+        return self._agent(True).refusal(call)
+
+    def annotate(self, query: Query, call: Call) -> Annotation:
+        """The result of an expert on the scans of a query, without the model; failed ones included."""
+        return self._agent(True).annotate(query, call)
 
     @property
     def generator(self) -> Generator:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 
@@ -28,6 +29,7 @@ from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, exists
 
+_ROLE = re.compile(r"[A-Za-z0-9_-]{0,16}")
 ImageLike = PathLike | bytes | Image.Image | np.ndarray | Volume
 
 
@@ -62,6 +64,10 @@ class Scan:
     planes: int = 0
     description: str = ""
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _ROLE.fullmatch(self.role):  # it is part of the prompt
+            raise UserError(f"image role {self.role!r}: must be a sequence such as t1c, t1, t2 or flair")
 
     @property
     def images(self) -> tuple[np.ndarray, ...]:

@@ -52,7 +52,7 @@ class Step:
       kind: 'text' (more of the answer), 'draft' (text that may become an expert call or the answer), 'call'
         (an expert starts) or 'result' (it is done).
       text: the new text.
-      record: the call, see `_call_record`.
+      record: the call, see `call_record`.
     """
 
     kind: Literal["text", "draft", "call", "result"]
@@ -68,7 +68,7 @@ class Answer:
       text: without the stop text that ended it.
       reply: with the whole dialogue.
       usage: of all turns.
-      experts: the calls with their results, see `_call_record`.
+      experts: the calls with their results, see `call_record`.
       notes: for the reader, see `Reply`.
       tokens: (text, log-probability) of the last turn of the model; None if they were not asked for.
       image, overlay: data URLs of the image as shown to the model and of an expert's overlay, if asked for.
@@ -273,10 +273,10 @@ class _Calls:
         return f"{self._prefix}_{self._count}"
 
     def running(self, call: str) -> dict[str, Any]:
-        return _call_record(parse_turn(call).calls[0], self._id, None, self._clean)
+        return call_record(parse_turn(call).calls[0], self._id, None, self._clean)
 
     def done(self, annotation: Annotation) -> dict[str, Any]:
-        record = _call_record(Call(annotation.expert, annotation.args), self._id, annotation, self._clean)
+        record = call_record(Call(annotation.expert, annotation.args), self._id, annotation, self._clean)
         self._count += 1
         if mask := self._mask(annotation):
             record["result"]["mask"] = mask
@@ -317,7 +317,7 @@ def _finite(value: float, otherwise: Any = None) -> Any:
     return value if math.isfinite(value) else otherwise
 
 
-def _call_record(
+def call_record(
     call: Call, call_id: str, annotation: Annotation | None, clean: Callable[[str], str]
 ) -> dict[str, Any]:
     """An expert call in the form of OpenAI's tool calls, with its result; None: it is running."""

@@ -276,9 +276,7 @@ def _display_notes(volume: Volume, window: Window | None, preprocessing: Preproc
     """What was assumed for the display: no window for another modality, Hounsfield units for a CT."""
     modality = volume.modality
     if modality == "CT" and values_of(volume) == "not hounsfield":
-        return [
-            "The volume is declared as CT, but its values do not look like Hounsfield units; check the modality."
-        ]
+        return ["The volume is declared as CT, but its values do not look like Hounsfield units; check that."]
     known = modality in (UNKNOWN, *preprocessing.modalities)
     if known or preprocessing.windows(volume, window):
         return []

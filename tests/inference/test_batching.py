@@ -277,11 +277,10 @@ def test_sharded_equals_one_device(export, tokenizer, numbers):
             assert found.ids == expected.ids
             np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
     session = many.start(2, size=256)
-    cache = session._state.cache["k"]
-    assert cache.sharding.shard_shape(cache.shape)[3] == cache.shape[3] // 2
-    for name in {"k_scale"} & set(session._state.cache):
-        scale = session._state.cache[name]
-        assert scale.sharding.shard_shape(scale.shape)[2] == scale.shape[2] // 2
+    for cached in session._state.cache.values():
+        assert cached.sharding.shard_shape(cached.shape)[2] == cached.shape[2] // 2
+    logits = session._state.logits
+    assert logits.sharding.shard_shape(logits.shape)[1] == logits.shape[1] // 2
 
 
 def test_weights_in_bfloat16(export, tokenizer):

@@ -25,7 +25,9 @@ from vilam3_jax.serving.service import Settings
 _LOG = logging.getLogger(__name__)
 _BODY_SECONDS = 60.0
 _UPLOAD_SECONDS = 900.0
+_SEND_SECONDS = 60.0  # in which a client must read on
 _UPLOAD_SLACK = 1 << 20  # bytes of a form around its file
+CLIENT_LEFT = 499  # the status of nginx for it; nobody receives it
 PAGE_PATH = "/page/"
 _OPEN_PATHS = ("/", "/healthz")  # without an API key, as the page, which asks for one
 _SECURITY_HEADERS = {
@@ -45,7 +47,7 @@ T = TypeVar("T")
 
 
 class ClientLeft(Exception):
-    """The client closed the connection before its answer."""
+    """The client closed the connection before the answer began."""
 
 
 class Observer:
@@ -72,12 +74,16 @@ class Observer:
                     headers.setdefault(name, value)
                 is_page = headers.get("content-type", "").startswith("text/html")
                 headers.setdefault("Content-Security-Policy", _PAGE_POLICY if is_page else _API_POLICY)
-            await send(message)
+            try:
+                async with asyncio.timeout(_SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
 
         try:
             await self._app(scope, receive, observed)
-        except (ClientLeft, ClientDisconnect):
-            status = 499  # as nginx logs it; nobody receives it
+        except ClientDisconnect:
+            status = CLIENT_LEFT
         except Exception as error:
             log_failure(error, scope)
             if not status:
@@ -85,9 +91,9 @@ class Observer:
         finally:
             route = scope.get("vilam3.route", "other")
             seconds = time.monotonic() - started
-            self._metrics.request(route, status or 499, seconds)
+            self._metrics.request(route, status or CLIENT_LEFT, seconds)
             # Paths and queries may hold what a user wrote.
-            _LOG.info("%s %s %s %d %.3fs", request_id, scope["method"], route, status or 499, seconds)
+            _LOG.info("%s %s %s %d %.3fs", request_id, scope["method"], route, status or CLIENT_LEFT, seconds)
 
 
 def log_failure(error: BaseException, scope: Scope) -> None:
@@ -193,12 +199,14 @@ async def read_json(request: Request) -> Fields:
 
 
 async def in_time(reading: Awaitable[T], seconds: float = _UPLOAD_SECONDS) -> T:
-    """Waits for a body; raises `ApiError` (408) if it takes too long."""
+    """Waits for a body; raises `ApiError` (408) if it takes too long, and `ClientLeft`."""
     try:
         async with asyncio.timeout(seconds):
             return await reading
     except TimeoutError:
         raise ApiError(408, "the body came too slowly; send it again", "timeout") from None
+    except ClientDisconnect:
+        raise ClientLeft from None
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

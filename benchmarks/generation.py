@@ -30,12 +30,13 @@ from torchvision_operators import declare_operators  # of tests/experts
 from vilam3_jax.configs import models
 
 from vilam3_jax.checkpoints import exports
+from vilam3_jax.checkpoints.exports import LOADED_DTYPES
 from vilam3_jax.convert.importer import import_model
-from vilam3_jax.inference.agent import load_generator
 from vilam3_jax.inference.batching import Batcher, Script, Turn
 from vilam3_jax.inference.generate import Chunk, Generator
-from vilam3_jax.inference.model_flags import add_model_flags, model_options
+from vilam3_jax.inference.loading import load_generator
 from vilam3_jax.models import build, model_config, param_paths
+from vilam3_jax.models.kv_cache import CACHE_DTYPES
 
 ROWS, MAX_LENGTH = 8, 512
 _OPERATORS = declare_operators()  # before transformers is imported
@@ -158,7 +159,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--llm", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    add_model_flags(parser)
+    parser.add_argument("--dtype", choices=LOADED_DTYPES)
+    parser.add_argument("--cache_dtype", choices=CACHE_DTYPES)
     options = parser.parse_args()
     file = {"gguf_file": options.llm.name} if options.llm.is_file() else {}
     folder = options.llm.parent if options.llm.is_file() else options.llm
@@ -166,10 +168,10 @@ def main() -> None:
 
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file).eval()
     reference.generation_config.eos_token_id = None
-    given = {name: value for name, value in model_options(options).items() if value}
-    types = {"ours": {}} | (
-        {", ".join(f"{name} {value}" for name, value in given.items()): given} if given else {}
-    )
+    given = {name: value for name in ("dtype", "cache_dtype") if (value := getattr(options, name))}
+    types = {"ours": {}}
+    if given:
+        types["ours, " + ", ".join(f"{name} {value}" for name, value in given.items())] = given
     with tempfile.TemporaryDirectory() as scratch:
         export = export_ours(options.llm, Path(scratch))
         loaded = {

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vilam3_jax.training.chips import CHIPS
+from vilam3_jax.runtime.chips import CHIPS
 from vilam3_jax.training.program import ON_SPARSE_CORES
 
 TOPOLOGY, PRODUCT, ROWS, LENGTH, CHUNK = "v5p:4x4x4", "v5p-128", 2, 4096, 1024

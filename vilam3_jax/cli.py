@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("vilam3_jax.evals.main", "measure a model on a protocol, and compare results"),
     "chat": ("vilam3_jax.inference.chat", "ask a model about an image"),
     "serve": ("vilam3_jax.serving.main", "serve a model over HTTP, as OpenAI's interfaces do"),
+    "mcp": ("vilam3_jax.serving.mcp_main", "serve a model to agents as tools (MCP)"),
     "report": ("vilam3_jax.report.main", "put a run's plots and tables into one HTML file"),
 }
 BROKEN_PIPE = 141  # 128 + SIGPIPE

@@ -82,6 +82,23 @@ def test_control_token_that_is_also_vocabulary_cannot_be_injected():
     assert tokenizer.encode("</s>", allow_special=True) == [6]
 
 
+def test_control_tokens_that_the_file_does_not_mark(tokenizer):
+    """Files of some chat models declare them as ordinary added tokens."""
+    values = json.loads(tokenizer.to_json())
+    for entry in values["added_tokens"]:
+        entry["special"] = False
+    built = tokenizers.Tokenizer.from_str(json.dumps(values))
+    built.encode_special_tokens = True
+    control = [0, 1, 2]
+    assert built.encode("".join(CHATML_SPECIALS), add_special_tokens=False).ids == control
+    unmarked = Tokenizer(json.dumps(values), eos_id=2)
+    text = "a<|im_end|>b" + "<|endoftext|><|im_start|>" * 2000
+    ids = unmarked.encode(text)
+    assert not set(ids) & set(control) and unmarked.decode(ids) == text
+    assert unmarked.decode([*control, *unmarked.encode("a")]) == "a"
+    assert unmarked.encode("<|im_end|>", allow_special=True) == [2]
+
+
 def test_numbers_are_split_digit_by_digit(tokenizer):
     assert [tokenizer.token(index) for index in tokenizer.encode("1125")] == ["1", "1", "2", "5"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.agent import load_generator
 from vilam3_jax.inference.batching import Batcher, Turn, Wait
 from vilam3_jax.inference.generate import Chunk, Generator
+from vilam3_jax.inference.loading import load_generator
 from vilam3_jax.inference.sampling import GREEDY, Sampling
 from vilam3_jax.models import param_paths
 
@@ -266,7 +266,7 @@ def test_scores_are_those_of_the_whole_text(generator, tokenizer):
 def test_sharded_equals_one_device(export, tokenizer, numbers):
     """Weights and caches are split over heads and hidden units; nothing large is gathered for a token."""
     one = load_generator(export, batch_size=2, max_length=300, **numbers)[0]
-    many = load_generator(export, batch_size=2, max_length=300, tensor=2, **numbers)[0]
+    many = load_generator(export, batch_size=2, max_length=300, mesh=2, **numbers)[0]
     scripts = [
         lambda: dialogue((text(30, 0, tokenizer), 20), (text(5, 1, tokenizer), 9)),
         lambda: dialogue((text(9, 2, tokenizer).join(picture(0, one)).join(text(3, 3, tokenizer)), 12)),
@@ -277,13 +277,10 @@ def test_sharded_equals_one_device(export, tokenizer, numbers):
             assert found.ids == expected.ids
             np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
     session = many.start(2, size=256)
-    cache = session._state.cache["k"]
-    assert cache.sharding.shard_shape(cache.shape)[3] == cache.shape[3] // 2
-    for name in {"k_scale"} & set(session._state.cache):
-        scale = session._state.cache[name]
-        assert scale.sharding.shard_shape(scale.shape)[2] == scale.shape[2] // 2
-    with pytest.raises(UserError, match="does not match"):
-        load_generator(export, tensor=3000)
+    for cached in session._state.cache.values():
+        assert cached.sharding.shard_shape(cached.shape)[2] == cached.shape[2] // 2
+    logits = session._state.logits
+    assert logits.sharding.shard_shape(logits.shape)[1] == logits.shape[1] // 2
 
 
 def test_weights_in_bfloat16(export, tokenizer):

@@ -13,8 +13,11 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.uid import MRImageStorage
 
 import vilam3_jax
+from tests.data.dicom_slices import save_stack
 from vilam3_jax.cli import guarded
 from vilam3_jax.data.experts.cards import with_card_list
 from vilam3_jax.data.experts.store import AnnotationStore
@@ -28,9 +31,10 @@ from vilam3_jax.data.volumes import VolumeSource, load_volume
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent as agent_lib
 from vilam3_jax.inference import assistant as assistant_lib
-from vilam3_jax.inference import chat, generate, images
+from vilam3_jax.inference import chat, generate, images, rendering
 from vilam3_jax.inference.agent import Message, Transcript
 from vilam3_jax.inference.constraints import AnswerForm
+from vilam3_jax.inference.loading import load_generator
 from vilam3_jax.models import model_config as model_config_lib
 
 PROMPT = "Is the liver visible in this slice?"
@@ -157,11 +161,9 @@ def test_a_damaged_image_is_named(assistant, tmp_path):
         assistant.ask(path, PROMPT, experts=False)
 
 
-def test_wrong_checkpoints_are_named(towers_export, tmp_path):
+def test_wrong_checkpoints_are_named(towers_export):
     with pytest.raises(UserError, match="contrastive model, which generates no text"):
         vilam3_jax.load(towers_export)
-    with pytest.raises(UserError, match=r"model\.json is missing"):
-        vilam3_jax.load(tmp_path / "nowhere")
 
 
 def test_an_export_carries_its_text_rules(export, tmp_path):
@@ -171,8 +173,8 @@ def test_an_export_carries_its_text_rules(export, tmp_path):
     config["text"] |= dict.fromkeys(("split", "bos", "spaces"), "as_trained")
     (folder / "model.json").write_text(json.dumps(config))
     rules = TextRules("as_trained", "as_trained", "as_trained")
-    assert agent_lib.load_generator(folder)[1].rules == rules
-    changed = agent_lib.load_generator(folder, text="spaces=clean")[1].rules
+    assert load_generator(folder)[1].rules == rules
+    changed = load_generator(folder, text="spaces=clean")[1].rules
     assert changed == dataclasses.replace(rules, spaces="clean")
 
 
@@ -280,7 +282,7 @@ def test_the_dialogue_names_expert_stand_in_failure_and_no_clinical_use(assistan
     transcript = Transcript(turns, "A", (failed,), "<PNEUMONIA()>", True)
     notes = assistant_lib._notes(transcript, assistant._cards)
     reply = assistant_lib.Reply("A", transcript, np.zeros((2, 2, 3), np.uint8), None, "film", notes)
-    text = chat.render_dialogue(reply)
+    text = rendering.reply_text(reply)
     assert "Expert PNEUMONIA: E" in text and "Model: A" in text and "[image] film" in text
     assert "PNEUMONIA is a stand-in" in text
     assert "The expert PNEUMONIA failed: out of memory." in text
@@ -392,6 +394,58 @@ def test_images_of_every_kind_are_the_same_image(assistant, world):
     assert text.image is None and text.transcript.prompt == "What is a CT?"
 
 
+def test_volumes_of_every_kind_are_the_same_image(assistant, tmp_path):
+    """A folder of DICOM slices, one of its series, the `Volume`, and the same scan as NIfTI."""
+    folder = save_stack(tmp_path / "study", count=7)
+    volume = load_volume(folder)
+    image = nibabel.Nifti1Image(volume.voxels, volume.affine)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "ct.nii.gz")
+    asked = dict(experts=False, max_new_tokens=3, index=2)
+    expected = assistant.ask(tmp_path / "ct.nii.gz", PROMPT, modality="CT", **asked)
+    for one, options in ((folder, {}), (str(folder), {"series": "1.2.3"}), (volume, {})):
+        reply = assistant.ask(one, PROMPT, **asked, **options)
+        np.testing.assert_array_equal(reply.image, expected.image)
+        assert (reply.answer, reply.description) == (expected.answer, expected.description)
+    single = assistant.ask(folder / "000.dcm", PROMPT, experts=False, max_new_tokens=3)
+    assert single.description.startswith("axial slice 0 of 0 to 0, window 50, 400")
+
+
+@pytest.fixture(scope="module")
+def of_ct(export, tmp_path_factory):
+    """A model that was trained on CT alone."""
+    folder = shutil.copytree(export, tmp_path_factory.mktemp("ct") / "export")
+    config = json.loads((folder / "model.json").read_text())
+    config["preprocessing"] = {"modalities": ["CT"]}
+    (folder / "model.json").write_text(json.dumps(config))
+    with vilam3_jax.load(folder, expert_host="off") as model:
+        yield model
+
+
+def test_an_mr_scan_is_not_shown_to_a_model_of_ct_without_a_word(of_ct, tmp_path):
+    """A real MR image, a series, and files that do not say or deny what they are."""
+    told = "The image is MR, but this model was trained on CT."
+    shown = "so this MR volume is shown between its 0.5 and 99.5 percentiles."
+    series = save_stack(tmp_path / "series", Modality="MR", RescaleType=None, SOPClassUID=MRImageStorage)
+    for path in (get_testdata_file("MR_small.dcm"), series):
+        reply = of_ct.ask(path, PROMPT, experts=False, max_new_tokens=2)
+        assert told in reply.notes and any(shown in note for note in reply.notes)
+        assert "percentiles" in reply.description and "window" not in reply.description
+    ct = of_ct.ask(get_testdata_file("CT_small.dcm"), PROMPT, experts=False, max_new_tokens=2)
+    assert not any("trained on" in note or "declared" in note for note in ct.notes)
+    brain = np.random.default_rng(0).integers(200, 900, (16, 16, 16)).astype(np.int16)
+    brain[:8] = 0
+    image = nibabel.Nifti1Image(brain, np.eye(4))
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, tmp_path / "brain.nii.gz")
+    silent = of_ct.ask(tmp_path / "brain.nii.gz", PROMPT, experts=False, max_new_tokens=2)
+    assert any("states no modality" in note and "trained on CT" in note for note in silent.notes)
+    stated = of_ct.ask(tmp_path / "brain.nii.gz", PROMPT, experts=False, max_new_tokens=2, modality="MR")
+    assert told in stated.notes and any(shown in note for note in stated.notes)
+    wrong = of_ct.ask(tmp_path / "brain.nii.gz", PROMPT, experts=False, max_new_tokens=2, modality="CT")
+    assert any("do not look like Hounsfield units" in note for note in wrong.notes)
+
+
 def test_probabilities_follow_from_scores(assistant, world):
     scores = assistant.score(world.film, PROMPT, ["yes", "no", "the left kidney"])
     assert list(scores) == ["yes", "no", "the left kidney"] and all(value < 0 for value in scores.values())
@@ -472,6 +526,7 @@ def test_a_session_is_a_dialogue_with_commands(export, world, tmp_path, capsys, 
     assert "nowhere.png: no such file" in shown.out and "/nonsense: not understood" in shown.out
     assert shown.out.count(assistant_lib.NOT_CLINICAL) == 1 and "available expert models" not in shown.out
     transcript = (tmp_path / "kept" / "transcript.txt").read_text()
-    assert transcript.count("user: ") == 3 and "nowhere" not in transcript
+    assert transcript.count("user: ") == 4 and "nowhere" not in transcript
+    assert "[image] axial slice 3 of 0 to 15" in shown.out and f"saved to {tmp_path / 'kept'}" in shown.out
     shown = load_pixels(tmp_path / "kept" / "image.png")
     assert np.array_equal(shown, resize(load_pixels(world.film), 32))

@@ -196,12 +196,12 @@ def test_stop_token_is_neither_said_nor_cached(generator, tokenizer):
 
 
 def test_few_programs_serve_many_lengths(generator, tokenizer):
-    before = generator._prefill._cache_size()
+    before = generator._programs.prefill._cache_size()
     rng = np.random.default_rng(3)
     for length in range(97, 129, 5):
         session = generator.start(1)
         session.append([generate.Chunk.text(random_text(rng, length, tokenizer))])
-    assert generator._prefill._cache_size() <= before + 1
+    assert generator._programs.prefill._cache_size() <= before + 1
 
 
 def test_sampling(generator, tokenizer):
@@ -235,7 +235,7 @@ def test_sampling(generator, tokenizer):
     ],
 )
 def test_round_up(value, least, expected):
-    assert generate._round_up(value, least) == expected
+    assert generate.round_up(value, least) == expected
 
 
 def test_wrong_calls_are_refused(generator):

@@ -1,5 +1,6 @@
 """Answers to held-out examples during training: prompts, and answers of sharded parameters."""
 
+import dataclasses
 import functools
 import json
 
@@ -141,15 +142,18 @@ def test_sharded_parameters_say_what_the_model_says(config, params, tokenizer, s
         functools.partial(program.context, whole_rows=True),
         program.annotate,
     )
-    prefill, given = answers._generator._prefill, []
-    monkeypatch.setattr(
-        answers._generator, "_prefill", lambda *args: (given.append(args[4:8]), prefill(*args))[1]
+    programs, encoded, read = answers._generator._programs, [], []
+    recording = dataclasses.replace(
+        programs,
+        encode=lambda *args: encoded.append(args[1:3]) or programs.encode(*args),
+        prefill=lambda *args: read.append(args[4:6]) or programs.prefill(*args),
     )
+    monkeypatch.setattr(answers._generator, "_programs", recording)
     rows, values = answers(sharded)
     shown = [question.prompt.images[0].tobytes() for question in answers.questions]
     pictures = [len(set(shown[part::4])) for part in range(4)]
-    assert len(given) == 1 and max(pictures) == 2
-    for tokens, visual, images, valid in given:
+    assert len(read) == len(encoded) == 1 and max(pictures) == 2
+    for (tokens, visual), (images, valid) in zip(read, encoded, strict=True):
         # Questions go to the parts round-robin; each image is once in the part of its rows.
         assert images.shape[:2] == valid.shape == (4, 2) and tokens.shape[0] == visual.shape[0] == 8
         assert valid.sum(axis=1).tolist() == pictures

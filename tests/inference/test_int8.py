@@ -12,9 +12,10 @@ import pytest
 from tests.inference.test_batching import picture, text
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.agent import load_generator
-from vilam3_jax.inference.generate import Generator
-from vilam3_jax.models import kv_cache, param_paths
+from vilam3_jax.inference.generate import Chunk, Generator
+from vilam3_jax.inference.loading import load_generator, open_model
+from vilam3_jax.inference.sampling import GREEDY, RowSampling
+from vilam3_jax.models import build, kv_cache, param_paths
 from vilam3_jax.ops.quantized import QuantizedKernel
 from vilam3_jax.sharding.weights import Weight
 
@@ -185,8 +186,39 @@ def test_no_float_copy_stays_on_the_device(export):
     assert sum(x.nbytes for x in jax.live_arrays()) - before <= own
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_decoding_makes_no_float_copy_of_the_weights(model_config, tokenizer_dir, tmp_path, tied):
+    """By XLA's own figures: temporaries of float32, and a layer's kernel and a block of the head in float."""
+    config = model_config.copy_and_resolve_references()
+    config.llm.update(dict(vocab_size=16384, hidden_size=512, mlp_dim=1024, num_layers=6, head_dim=64))
+    config.llm.tie_embeddings = tied
+    params = jax.jit(lambda key: build.init_params(config, "generative", key))(jax.random.key(0))
+    exports.export_model(
+        tmp_path / "export", params, {**config.to_dict(), "kind": "generative"}, tokenizer_dir, {}
+    )
+
+    def memory(dtype):
+        generator = load_generator(tmp_path / "export", batch_size=2, max_length=256, dtype=dtype)[0]
+        session, rows = generator.start(2), np.zeros(2, np.int32)
+        session.append([Chunk.text([20, 21])] * 2)
+        sampling, stops = RowSampling.of([GREEDY] * 2), np.zeros((2, 8), np.int32)
+        until = np.int32(2), np.int32(2)
+        arguments = (rows, rows > 0, rows, sampling, None, stops, *until)
+        lowered = generator._programs.decode.lower(generator._params, session._state, *arguments, size=32)
+        return lowered.compile().memory_analysis()
+
+    plain, in_int8 = memory("float32"), memory("int8")
+    weights = param_paths.flatten(params["llm"])
+    quantised = [path for path in weights if tied or path != "embed/embedding"]
+    saved = sum(weights[path].nbytes for path in quantised) * 3 / 4
+    assert plain.argument_size_in_bytes - in_int8.argument_size_in_bytes > 0.97 * saved
+    kernel, block = 4 * 512 * 1024, 4 * (1 << 19)
+    assert in_int8.temp_size_in_bytes <= plain.temp_size_in_bytes + kernel + block
+
+
 def test_models_without_llm_and_unknown_types_are_refused(export, towers_export):
+    source = open_model(towers_export)
     with pytest.raises(UserError, match="dtype 'int8': a contrastive model has no LLM"):
-        exports.load_export(towers_export, dtype="int8")
+        exports.read_model(source.config, source.read, dtype="int8")
     with pytest.raises(UserError, match="cache_dtype 'int3': must be"):
         load_generator(export, cache_dtype="int3")

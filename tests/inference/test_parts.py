@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,10 +96,11 @@ def test_a_prefix_is_read_once_by_all_that_wait_for_it(generator, tokenizer, mon
     generator.forget_prefixes()
     prefix = text(1200, 5, tokenizer)
     widths = []
-    prefill = generator._prefill
-    monkeypatch.setattr(
-        generator, "_prefill", lambda *args: widths.append(args[4].shape[1]) or prefill(*args)
+    programs = generator._programs
+    recording = dataclasses.replace(
+        programs, prefill=lambda *args: widths.append(args[4].shape[1]) or programs.prefill(*args)
     )
+    monkeypatch.setattr(generator, "_programs", recording)
 
     def asks(seed):
         return dialogue((prefix.join(text(3 + seed, seed, tokenizer)), 4), prefix=1200)

@@ -59,7 +59,7 @@ def test_a_longer_cache_holds_the_same(dtype):
     slots = jnp.arange(4)[None].repeat(ROWS, 0)
     cache = kv_cache.write(empty(dtype), jnp.int32(2), slots, k, v)
     longer = kv_cache.lengthen(cache, SIZE + 3)
-    assert longer["k"].shape == (LAYERS, ROWS, SIZE + 3, HEADS, WIDTH)
+    assert longer["k"].shape == (LAYERS, ROWS, HEADS, SIZE + 3, WIDTH)
     for short, long in zip(
         *(kv_cache.read(x, jnp.int32(2), jnp.float32) for x in (cache, longer)), strict=True
     ):

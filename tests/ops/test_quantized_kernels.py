@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vilam3_jax.ops import quantized
 from vilam3_jax.ops.quantized import (
     NF4_TILE,
     QuantizedKernel,
@@ -119,6 +120,25 @@ def test_scales_after_the_product_round_nothing_but_the_kernel(dtype, heads):
     whole = scaled_einsum("abi,io->abo", x, kernel, jnp.float32)
     assert whole.dtype == jnp.float32
     np.testing.assert_array_less(np.abs(np.asarray(whole, np.float64) - want), 1e-6 * sums)
+
+
+@pytest.mark.parametrize("spec", ["abi,io->abo", "abi,oi->abo", "abi,ijo->abjo", "abhi,hio->abo"])
+def test_a_large_kernel_is_converted_in_blocks(spec, monkeypatch):
+    """Blocks of columns, of which the last one is smaller."""
+    monkeypatch.setattr(quantized, "_MAX_CONVERTED", 100)
+    monkeypatch.setattr(quantized, "_BLOCK", 13 * IN)
+    kernel = quantize_kernel(kernel_of((IN, OUT)), "int8")
+    x = jax.random.normal(jax.random.key(5), (BATCH, LENGTH, IN))
+    want = np.asarray(x, np.float64) @ np.asarray(kernel.dequantize(), np.float64)
+    if "oi" in spec:
+        kernel = kernel.T
+    if "j" in spec:
+        kernel = kernel.reshape(IN, -1, 16)
+    if "h" in spec:
+        x, kernel = x.reshape(BATCH, LENGTH, 4, -1), kernel.reshape(4, IN // 4, OUT)
+    run = jax.jit(lambda x: scaled_einsum(spec, x, kernel))
+    np.testing.assert_allclose(run(x).reshape(want.shape), want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert "while" in run.lower(x).compile().as_text(), "converted at once"
 
 
 @pytest.mark.parametrize("stored", [None, ("tensor", "fsdp"), ("tensor", None), (("fsdp", "tensor"), None)])

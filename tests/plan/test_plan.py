@@ -18,12 +18,12 @@ from vilam3_jax.ops.attention import MaskInfo, attention
 from vilam3_jax.plan import compiler, estimate, hlo, search, topology
 from vilam3_jax.plan import main as plan_main
 from vilam3_jax.runtime import compat
+from vilam3_jax.runtime.chips import GIB
 from vilam3_jax.sharding import logical_axes
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.sharding.logical_axes import ACTIVATION_RULES
 from vilam3_jax.sharding.mesh import MESH_AXES
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training.chips import GIB
 
 
 def small(**changes):

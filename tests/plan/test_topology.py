@@ -4,7 +4,7 @@ import pytest
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.plan import estimate, hlo, topology
-from vilam3_jax.training.chips import CHIPS
+from vilam3_jax.runtime.chips import CHIPS
 
 
 @pytest.mark.parametrize(

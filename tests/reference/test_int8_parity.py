@@ -17,6 +17,7 @@ from tests.reference import decoder_parity
 from tests.reference.test_llama_parity import pair as llama_pair
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.inference.generate import Chunk, Generator
+from vilam3_jax.inference.loading import open_model
 from vilam3_jax.models import build, model_config, param_paths
 
 pytest.importorskip("qwix")
@@ -93,7 +94,8 @@ def vila_export(llm, params, folder):
 
 
 def generator_of(export, tokenizer, *, dtype, cache_dtype, max_length=256):
-    params, config, _ = exports.load_export(export, dtype=dtype)
+    source = open_model(export)
+    params, config = exports.read_model(source.config, source.read, dtype=dtype)
     return Generator(config, params, tokenizer, max_length=max_length, batch_size=2, cache_dtype=cache_dtype)
 
 

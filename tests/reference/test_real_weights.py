@@ -16,16 +16,20 @@ import torch
 import transformers
 from vilam3_jax.configs import models
 
+from tests.reference.test_int8_parity import RoundedCache, said_by_transformers, use_int8_weights
 from vilam3_jax.checkpoints import exports
+from vilam3_jax.checkpoints.exports import StoredModel
 from vilam3_jax.convert.importer import import_model
 from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.datasets import reports, samples
 from vilam3_jax.inference.generate import Chunk, Generator
-from vilam3_jax.models import build, model_config, param_paths
+from vilam3_jax.models import build
+from vilam3_jax.runtime.settings import from_mapping
 
 pytestmark = pytest.mark.slow
 SAMPLES = Path(__file__).parents[2] / ".cache" / "samples"
 TOKENS, NEW, TIE = 500, 200, 1e-3
+CLOSE = 0.1  # logits after caches in int8 differ by less than half of this
 QUESTION = "<|im_start|>user\nWhat can a chest X-ray show?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -65,14 +69,16 @@ def text(files, export):
     return ids, [ids[:60], tokenizer.encode(QUESTION, allow_special=True)]
 
 
-@pytest.fixture(scope="module")
-def reference(files, text):
-    ids, prompts = text
-    gguf = files["smollm2_gguf"]
+def transformers_model(gguf):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     ).eval()
     model.generation_config.eos_token_id = None  # do not stop before 200 tokens
+    return model
+
+
+def reference_of(model, text):
+    ids, prompts = text
     said, margins = [], []
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].numpy()
@@ -93,20 +99,29 @@ def reference(files, text):
 
 
 @pytest.fixture(scope="module")
+def reference(files, text):
+    return reference_of(transformers_model(files["smollm2_gguf"]), text)
+
+
+@pytest.fixture(scope="module")
 def ours(export):
     """Config and parameters of a VILA with the imported LLM; its tower and projector are not used."""
-    config = models.get("tiny")
-    config.llm = exports.load_model_config(export).llm.to_dict()
-    config = model_config.resolve(config)
-    wanted = param_paths.flatten(build.abstract_model(config, "generative")[1])
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    llm = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        for path, leaf in wanted.items()
-        if path.startswith("llm/")
-    }
-    rest = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if path not in llm}
-    return config, param_paths.unflatten(rest | exports.load_params(export, llm))
+    return read_ours(export)
+
+
+def read_ours(export, dtype=None):
+    """See `ours`; the model as `load` reads it in this type."""
+    sections = models.get("tiny")
+    sections.llm = exports.load_model_config(export).llm.to_dict()
+    config = from_mapping(StoredModel, {**sections.to_dict(), "kind": "generative"})
+
+    def read(wanted):
+        llm = {path: leaf for path, leaf in wanted.items() if path.startswith("llm/")}
+        rest = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items() if path not in llm}
+        return rest | exports.load_params(export, llm)
+
+    params, config = exports.read_model(config, read, dtype=dtype)
+    return config, params
 
 
 def test_logits_of_real_reports(text, reference, ours, capsys):
@@ -152,3 +167,74 @@ def test_greedy_tokens(text, reference, ours, export, capsys):
             )
         assert len(row.ids) == NEW and end > 20 and len(set(row.ids)) > 20
         np.testing.assert_array_equal(row.ids[:end], theirs[:end])
+
+
+@pytest.fixture(scope="module")
+def in_int8(export):
+    return read_ours(export, "int8")
+
+
+@pytest.fixture(scope="module")
+def dequantised(files, text, in_int8):
+    """transformers with our int8 weights, dequantised by NumPy."""
+    model = transformers_model(files["smollm2_gguf"])
+    use_int8_weights(model, in_int8[1])
+    return model, reference_of(model, text)
+
+
+def test_int8_weights(text, reference, dequantised, in_int8, export, capsys):
+    """Tokens are those of transformers with the same rounded weights, and mostly those of float32."""
+    config, params = in_int8
+    generator = Generator(config, params, load_tokenizer(export / "tokenizer"), max_length=512)
+    with jax.default_matmul_precision("highest"):
+        session = generator.start(2)
+        session.append([Chunk.text(prompt) for prompt in text[1]])
+        said = session.decode(NEW, stop_ids=())
+        whole = generator.start(1)
+        whole.append([Chunk.text(text[0])])
+    error = np.abs(np.asarray(whole._state.logits)[0] - dequantised[1].logits[-1]).max()
+    assert error < 1e-3
+    for name, row, theirs, margins in zip(
+        ("report", "question"), said, dequantised[1].said, dequantised[1].margins, strict=True
+    ):
+        ties = np.flatnonzero(margins < TIE)
+        end = int(ties[0]) if len(ties) else NEW
+        with capsys.disabled():
+            print(f"\n{name}: compared with transformers' int8 weights up to {end}")
+        assert end > 20
+        np.testing.assert_array_equal(row.ids[:end], theirs[:end])
+    agreement = (dequantised[1].logits.argmax(-1) == reference.logits.argmax(-1)).mean()
+    moved = np.abs(dequantised[1].logits - reference.logits)
+    with capsys.disabled():
+        print(
+            f"\nint8 weights: the same next token at {agreement:.1%} of {TOKENS} positions; logits "
+            f"move by {moved.mean():.2g} on average, by {moved.max():.2g} at most; our largest difference "
+            f"from transformers with these weights {error:.2g}"
+        )
+    assert agreement > 0.95
+
+
+def test_int8_cache(text, dequantised, in_int8, export, capsys):
+    """Beside transformers with a cache that rounds likewise; floats that differ in the last bit may round to
+    other integers, so answers agree up to the first close decision."""
+    config, params = in_int8
+    generator = Generator(
+        config, params, load_tokenizer(export / "tokenizer"), max_length=512, cache_dtype="int8"
+    )
+    with jax.default_matmul_precision("highest"):
+        session = generator.start(2)
+        session.append([Chunk.text(prompt) for prompt in text[1]])
+        said = session.decode(NEW, stop_ids=())
+    for name, row, prompt in zip(("report", "question"), said, text[1], strict=True):
+        wanted, logits = said_by_transformers(dequantised[0], prompt, RoundedCache(), NEW)
+        best = np.sort(logits, axis=-1)[:, -2:]
+        close = np.flatnonzero(best[:, 1] - best[:, 0] < CLOSE)
+        end = int(close[0]) if len(close) else NEW
+        own = np.asarray(row.log_probs[:end])
+        theirs = logits[np.arange(end), wanted[:end]] - np.log(np.exp(logits[:end]).sum(-1))
+        difference = float(np.abs(own - theirs).max())
+        with capsys.disabled():
+            print(f"\n{name}: compared up to {end}; log-probabilities differ by {difference:.2g}")
+        assert end > 20
+        np.testing.assert_array_equal(row.ids[:end], wanted[:end])
+        assert difference < CLOSE / 2

@@ -38,9 +38,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def serve(assistant, *, experts=True, **settings):
+def serve(assistant, *, experts=True, audit=None, **settings):
     """A server in a thread."""
-    service = Service(assistant, Settings(**{"drain": 2.0, **settings}), experts=experts)
+    service = Service(assistant, Settings(**{"drain": 2.0, **settings}), experts=experts, audit=audit)
     server = make_server(service)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))

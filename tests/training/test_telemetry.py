@@ -17,10 +17,11 @@ from vilam3_jax.configs import models
 from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import model_config
+from vilam3_jax.runtime import chips
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.tasks import TASKS
 from vilam3_jax.tasks.task import Work
-from vilam3_jax.training import chips, flops, telemetry, writers
+from vilam3_jax.training import flops, telemetry, writers
 from vilam3_jax.training import program as program_lib
 from vilam3_jax.training import step as step_lib
 from vilam3_jax.training.watchdog import Watchdog

@@ -19,7 +19,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ class Leaf:
 
 
 Placement = Callable[[Leaf], jax.sharding.Sharding]
+AnyLeaf = TypeVar("AnyLeaf", bound=Leaf)
 
 
 def stored_leaves(abstract: Abstract) -> list[Leaf]:
@@ -330,21 +331,13 @@ class StoredModel(ModelConfig):
     kind: str = ""  # 'generative' or 'contrastive', or the component in the export
 
 
-def locate(path: paths.PathLike) -> epath.Path:
-    """The export in a folder: the folder itself, or the export of a training run or of a quickstart run.
-
-    Raises:
-      UserError: a run without an export.
-    """
+def locate(path: paths.PathLike) -> epath.Path | None:
+    """The export in a folder, or None: the folder itself, or the export of a training or quickstart run."""
     folder = paths.as_path(path)
     made = sorted(folder.glob("export_step_*"), key=lambda one: int("0" + one.name.rpartition("_")[2]))
     quickstart = folder / "stages" / "stage4_expert" / "export"
-    for candidate in (folder, folder / "export", quickstart, *reversed(made)):
-        if (candidate / "model.json").exists():
-            return candidate
-    if (folder / "checkpoints").exists():
-        raise UserError(f"{folder}: has no export yet; `vilam3 export --workdir={folder}` makes one")
-    return folder
+    candidates = (folder, folder / "export", quickstart, *reversed(made))
+    return next((one for one in candidates if (one / "model.json").exists()), None)
 
 
 def load_model_config(export: paths.PathLike) -> StoredModel:
@@ -456,7 +449,7 @@ def load_params(export: paths.PathLike, wanted: Abstract, optional: Collection[s
     found: Flat = {}
     for folder, leaves in together.items():
         found |= _load(folder, leaves)
-    return found | {path: _load_ranges(stored[path], leaf) for path, leaf in in_ranges.items()}
+    return found | {path: assemble(leaf, stored[path], _load_rows) for path, leaf in in_ranges.items()}
 
 
 def _load(folder: epath.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> Flat:
@@ -467,8 +460,22 @@ def _load(folder: epath.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> Flat:
         raise UserError(f"{folder}: is damaged ({first_line(error)}); export the model again") from error
 
 
-def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Fills a parameter range by range; only one range is in memory besides it."""
+def _load_rows(part: StoredRows, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    return _load(part.folder, {part.key: wanted})[part.key]
+
+
+def assemble(
+    leaf: jax.ShapeDtypeStruct,
+    ranges: Sequence[AnyLeaf],
+    read: Callable[[AnyLeaf, jax.ShapeDtypeStruct], jax.Array],
+) -> jax.Array:
+    """Fills a parameter range by range; only one range is in memory besides it.
+
+    Args:
+      leaf: the whole parameter, with its sharding.
+      ranges: its rows, see `stored_leaves`.
+      read: (range, its shape, dtype and sharding) ↦ array.
+    """
     sharding = rows_sharding = leaf.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):  # the rows of a range may not be divisible
         rows_sharding = sharding.update(spec=jax.sharding.PartitionSpec(None, *sharding.spec[1:]))
@@ -480,35 +487,34 @@ def _load_ranges(ranges: Sequence[StoredRows], leaf: jax.ShapeDtypeStruct) -> ja
     )
     for part in ranges:
         wanted = jax.ShapeDtypeStruct(part.shape, leaf.dtype, sharding=rows_sharding)
-        whole = put(whole, _load(part.folder, {part.key: wanted})[part.key], part.start)
+        whole = put(whole, read(part, wanted), part.start)
     return whole
 
 
-def load_export(
-    export: paths.PathLike,
-    sharding: jax.sharding.Sharding | None = None,
+def read_model(
+    config: StoredModel,
+    read: Callable[[Abstract], Flat],
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
-) -> tuple[dict[str, Any], StoredModel, epath.Path]:
-    """Reads a whole export.
+) -> tuple[dict[str, Any], StoredModel]:
+    """Reads a whole model.
 
     Args:
-      export: export folder.
-      sharding: of every parameter; by default the first device.
+      config: config of the model.
+      read: (path → ShapeDtypeStruct with sharding) ↦ (path → array).
       mesh: if given, parameters are sharded by the rules of their model family, and every matrix is wrapped
-        in a `Weight`.
-      dtype: one of `LOADED_DTYPES`: type of parameters and activations, by default that of the export. With
+        in a `Weight`; by default they are on the first device.
+      dtype: one of `LOADED_DTYPES`: type of parameters and activations, by default that of the config. With
         'int8', the matrices of the LLM are `QuantizedKernel`s, and other parameters have the type of the
-        export's activations. So do products, whose other factor is not quantised.
+        config's activations. So do products, whose other factor is not quantised.
 
     Returns:
-      Nested parameters, the model config, and the tokenizer's folder.
+      Nested parameters, and the config with `dtype`.
 
     Raises:
-      UserError: no export, an unknown type, or a mesh over which the model cannot be split.
+      UserError: an unknown type, a mesh over which the model cannot be split, or an error of `read`.
     """
-    config = load_model_config(export)
     if dtype is not None:
         if dtype not in LOADED_DTYPES:
             raise UserError(f"dtype {dtype!r}: must be {', '.join(DTYPES)} or int8")
@@ -517,7 +523,7 @@ def load_export(
     _, nested = build.abstract_model(config, config.kind)
     shapes = param_paths.flatten(nested)
     if mesh is None:
-        place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings: dict[str, Any] = dict.fromkeys(shapes, place)
     else:
         rules = build.parameter_rules(config, config.kind)
@@ -527,15 +533,15 @@ def load_export(
         for path, leaf in shapes.items()
     }
     in_int8 = _in_int8(config, wanted) if dtype == "int8" else {}
-    params = load_params(export, {path: leaf for path, leaf in wanted.items() if path not in in_int8})
-    params |= quantized_loading.load(in_int8, functools.partial(load_params, export))
+    params = read({path: leaf for path, leaf in wanted.items() if path not in in_int8})
+    params |= quantized_loading.load(in_int8, read)
     einsums = dict.fromkeys(in_int8, quantized.scaled_einsum)
     if mesh is not None:
         shardings |= {path: jax.tree.map(lambda x: x.sharding, leaf) for path, leaf in in_int8.items()}
         params = weights.annotate(params, shardings, einsums)
     else:
         params |= {path: weights.Weight(params[path], einsum=how) for path, how in einsums.items()}
-    return param_paths.unflatten(params), config, paths.as_path(export) / "tokenizer"
+    return param_paths.unflatten(params), config
 
 
 def _in_int8(config: StoredModel, wanted: Abstract) -> dict[str, quantized.QuantizedKernel]:
@@ -548,3 +554,16 @@ def _in_int8(config: StoredModel, wanted: Abstract) -> dict[str, quantized.Quant
     if config.llm.tie_embeddings:
         paths.append("llm/embed/embedding")
     return {path: quantized_loading.abstract(path, wanted[path], "int8") for path in paths}
+
+
+def load_export(export: paths.PathLike) -> tuple[dict[str, Any], StoredModel, epath.Path]:
+    """Reads a whole export onto the first device.
+
+    Returns:
+      Nested parameters, the model config, and the tokenizer's folder.
+
+    Raises:
+      UserError: no export.
+    """
+    params, config = read_model(load_model_config(export), functools.partial(load_params, export))
+    return params, config, paths.as_path(export) / "tokenizer"

@@ -263,7 +263,7 @@ def find(workdir: paths.PathLike, step: int | None = None) -> tuple[epath.Path, 
     folders = paths.children(root)
     known = sorted(int(one.name) for one in folders if one.name.isdigit() and _complete(one))
     if not known:
-        raise UserError(f"{root}: holds no checkpoint; give the --workdir of a training run")
+        raise UserError(f"{root}: holds no checkpoint; give a training run that has saved one")
     if step is None:
         step = known[-1]
     if step not in known:

@@ -22,7 +22,15 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from vilam3_jax.checkpoints.exports import Leaf, host_sharding, stored_leaves, write_export
+from vilam3_jax.checkpoints.exports import (
+    Abstract,
+    Flat,
+    Leaf,
+    assemble,
+    host_sharding,
+    stored_leaves,
+    write_export,
+)
 from vilam3_jax.convert.gguf import open_gguf
 from vilam3_jax.convert.huggingface import open_folder, open_siglip_pair
 from vilam3_jax.convert.safetensors_files import copy_into, read_config
@@ -197,20 +205,22 @@ def read_leaf(part: Source, rule: TensorRule, leaf: Leaf) -> jax.Array:
       UserError: a value is not finite in the dtype of `leaf`.
     """
     sharding = leaf_sharding(rule, leaf)
-    blocks = []
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        where = tuple(
-            slice(*axis.indices(size)[:2]) for axis, size in zip(index or (), leaf.shape, strict=True)
-        )
-        block = _aligned([axis.stop - axis.start for axis in where], leaf.dtype)
-        with _cancelled_on_error(ThreadPoolExecutor(_READERS)) as pool:
-            for _ in pool.map(
-                lambda job: _read_block(part, rule, *job), _jobs(part, rule, leaf, where, block)
-            ):
-                pass
-        # The array aliases `block`, which avoids a copy.
-        blocks.append(jax.device_put(block, device, may_alias=True))
+    blocks = [
+        # The array aliases the block, which avoids a copy.
+        jax.device_put(_read_part(part, rule, leaf, index or ()), device, may_alias=True)
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
+    ]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, blocks)
+
+
+def _read_part(part: Source, rule: TensorRule, leaf: Leaf, index: Index) -> np.ndarray:
+    """Reads `leaf[index]`."""
+    where = tuple(slice(*axis.indices(size)[:2]) for axis, size in zip(index, leaf.shape, strict=True))
+    block = _aligned([axis.stop - axis.start for axis in where], leaf.dtype)
+    with _cancelled_on_error(ThreadPoolExecutor(_READERS)) as pool:
+        for _ in pool.map(lambda job: _read_block(part, rule, *job), _jobs(part, rule, leaf, where, block)):
+            pass
+    return block
 
 
 def leaf_sharding(rule: TensorRule, leaf: Leaf) -> jax.sharding.Sharding:
@@ -269,6 +279,89 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
+@dataclass(frozen=True)
+class ForeignModel:
+    """An opened source, and the model that it becomes.
+
+    Attributes:
+      checkpoint: the source.
+      config: model config with `kind`, as an export has it.
+      tokenizer: without the ids that the model has no embeddings for; None if there is none.
+      shapes: path → ShapeDtypeStruct of every parameter.
+    """
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    shapes: Abstract
+
+    @functools.cached_property
+    def rules(self) -> dict[str, tuple[Source, TensorRule]]:
+        """Path → the part that holds the parameter, and where."""
+        return {rule.target: (part, rule) for part in self.checkpoint.parts for rule in part.rules}
+
+    def read(self, wanted: Abstract) -> Flat:
+        """Reads parameters straight onto their devices; every process reads its own blocks.
+
+        Args:
+          wanted: path → ShapeDtypeStruct with sharding; dtypes are converted.
+
+        Raises:
+          UserError: a value is not finite.
+        """
+        found = {}
+        for path, parameter in wanted.items():
+            read = functools.partial(_read_onto, *self.rules[path])
+            ranges = stored_leaves({path: parameter})
+            whole = len(ranges) == 1
+            found[path] = read(ranges[0], parameter) if whole else assemble(parameter, ranges, read)
+        return found
+
+
+def _read_onto(part: Source, rule: TensorRule, leaf: Leaf, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """Reads a leaf onto the sharding of `wanted`."""
+    assert wanted.sharding is not None
+    read = functools.partial(_read_part, part, rule, leaf)
+    return jax.make_array_from_callback(leaf.shape, wanted.sharding, lambda index: read(index or ()))
+
+
+def open_foreign(
+    source: PathLike,
+    *,
+    source_format: str = "auto",
+    dtype: str = "auto",
+    tokenizer: PathLike | None = None,
+) -> ForeignModel:
+    """Opens a checkpoint and checks that it fits our model, without reading its weights.
+
+    Args:
+      source, source_format, dtype, tokenizer: see `import_model`.
+
+    Raises:
+      UserError: bad source.
+    """
+    check_dtype(dtype)
+    found = load_tokenizer(tokenizer) if tokenizer else None
+    opened = open_source(source, source_format, found)
+    found = found or (opened.tokenizer() if opened.tokenizer else None)
+    text_model = opened.config.get("llm") or opened.config.get("text_tower")
+    if found is not None and text_model is not None and found.vocab_size > text_model["vocab_size"]:
+        try:
+            found = found.limited_to(text_model["vocab_size"])
+        except UserError as error:
+            raise UserError(f"{tokenizer or source}: {error}") from error
+    shapes = check_rules(opened)
+    if dtype == "auto":
+        dtype = "bfloat16" if opened.dtypes == ("BF16",) else "float32"
+    name = Path(as_path(source)).name.removesuffix(".gguf")
+    return ForeignModel(
+        opened,
+        {"name": name, "kind": opened.kind, "param_dtype": dtype, **opened.config},
+        found,
+        {path: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for path, shape in shapes.items()},
+    )
+
+
 def import_model(
     source: PathLike,
     out: PathLike,
@@ -308,24 +401,9 @@ def import_model(
             options: dict[str, Any] = dict(dtype=dtype, tokenizer=tokenizer, verify=verify, progress=progress)
             return import_model(mirror, target, source_format=source_format, **options)
     start = time.perf_counter()
-    found = load_tokenizer(tokenizer) if tokenizer else None
-    opened = open_source(source, source_format, found)
-    found = found or (opened.tokenizer() if opened.tokenizer else None)
-    text_model = opened.config.get("llm") or opened.config.get("text_tower")
-    if found is not None and text_model is not None and found.vocab_size > text_model["vocab_size"]:
-        try:
-            found = found.limited_to(text_model["vocab_size"])
-        except UserError as error:
-            raise UserError(f"{tokenizer or source}: {error}") from error
-    shapes = check_rules(opened)
-    stored = sorted({dtype for part in opened.parts for dtype in part.dtypes})
-    if dtype == "auto":
-        dtype = "bfloat16" if stored == ["BF16"] else "float32"
-    abstract = {path: jax.ShapeDtypeStruct(shape, DTYPES[dtype]) for path, shape in shapes.items()}
-    name = Path(as_path(source)).name.removesuffix(".gguf")
-    model_config = {"name": name, "kind": opened.kind, "param_dtype": dtype, **opened.config}
-    rules = {rule.target: (part, rule) for part in opened.parts for rule in part.rules}
-    total = sum(leaf.bytes for leaf in stored_leaves(abstract))
+    model = open_foreign(source, source_format=source_format, dtype=dtype, tokenizer=tokenizer)
+    opened, rules, found = model.checkpoint, model.rules, model.tokenizer
+    total = sum(leaf.bytes for leaf in stored_leaves(model.shapes))
     written = 0
 
     def make(leaf: Leaf) -> jax.Array:
@@ -344,14 +422,14 @@ def import_model(
                 copy_tokenizer_extras(tokenizer_folder, Path(folder))
         write_export(
             target,
-            abstract,
+            model.shapes,
             make,
-            model_config,
+            model.config,
             folder if found is not None else None,
             lambda: {"parts": {part.component: _provenance(part, facts) for part in opened.parts}},
             resume={
                 "source": [[str(file), (s := file.stat()).st_size, s.st_mtime_ns] for file in files],
-                "model": model_config,
+                "model": model.config,
                 "tokenizer": str(tokenizer),
                 "verify": verify,
             },
@@ -360,11 +438,11 @@ def import_model(
     return ImportSummary(
         component=opened.kind,
         tensors=len({(part.component, name) for part, rule in rules.values() for name in rule.sources}),
-        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        parameters=sum(math.prod(leaf.shape) for leaf in model.shapes.values()),
         bytes=total,
-        dtype=dtype,
+        dtype=model.config["param_dtype"],
         seconds=time.perf_counter() - start,
-        dtypes=tuple(stored),
+        dtypes=opened.dtypes,
         unused={name: reason for part in opened.parts for name, reason in part.unused.items()},
         tokenizer=found is not None,
     )

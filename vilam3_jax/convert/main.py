@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from vilam3_jax.runtime import process_flags
+
 if TYPE_CHECKING:  # the import of jax behind it is slow
     from vilam3_jax.convert.importer import Progress
 
@@ -48,9 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         help="read weights pickled by PyTorch (.bin, .pt, .pth) in another process that builds only tensors; "
         "needs the experts' package",
     )
-    for name, kind in (("coordinator_address", str), ("num_processes", int), ("process_id", int)):
-        add(f"--{name}", type=kind, help="as in `vilam3 train`: several processes share the work")
-    add("--distributed", action="store_true", help="find the processes in the environment")
+    process_flags.add_arguments(imports)
     exports = commands.add_parser(
         "export",
         help="write Hugging Face folders",
@@ -84,7 +84,7 @@ def _import(arguments: argparse.Namespace) -> int:
     from vilam3_jax.convert.importer import import_model
     from vilam3_jax.runtime import processes
 
-    shared = {name: getattr(arguments, name) for name in processes.FLAGS}
+    shared = process_flags.argument_values(arguments)
     with processes.group("vilam3 convert", **shared), _bar("importing") as progress:
         summary = import_model(
             arguments.source,

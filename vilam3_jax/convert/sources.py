@@ -69,6 +69,11 @@ class Checkpoint:
         return cls(source.component, {source.component: source.config}, [source])
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Storage types of all parts."""
+        return tuple(sorted({dtype for part in self.parts for dtype in part.dtypes}))
+
+    @property
     def tokenizer(self) -> Callable[[], Tokenizer] | None:
         """Loads the tokenizer of the first part that has one; None if none has."""
         return next((part.tokenizer for part in self.parts if part.tokenizer), None)

@@ -128,16 +128,23 @@ class Preprocessing(Section):
           volume: the scan, if the image is one of its slices.
           window: the window chosen by the caller, if any.
         """
-        notes = []
+        notes, known = [], ", ".join(self.modalities)
+        by_percentiles = volume is not None and not self.windows(volume, window)
         if modality == UNKNOWN:
             if volume is not None and window is None:
+                trained = f" This model was trained on {known}." if known else ""
                 notes.append(
                     f"The file states no modality, so the volume is shown {self.describe(volume)}; state the "
-                    "modality if you know it."
+                    f"modality if you know it.{trained}"
                 )
-        elif self.modalities and modality not in self.modalities:
-            known = ", ".join(self.modalities)
-            notes.append(f"The image is {modality}, but this model was trained on {known}.")
+        elif modality not in self.modalities:
+            if known:
+                notes.append(f"The image is {modality}, but this model was trained on {known}.")
+            if volume is not None and by_percentiles:
+                notes.append(
+                    f"The windows of the model are for CT, so this {modality} volume is shown "
+                    f"{self.describe(volume)}."
+                )
         if volume is not None and self.spacing:
             low, high = self.spacing
             if volume.spacing.min() < low or volume.spacing.max() > high:

@@ -9,6 +9,8 @@ sequence, and targets need no search. The template's `rules` determine the treat
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -62,6 +64,9 @@ class Eos:
 Part = str | Special | Bos | Eos
 
 
+_FULL_WIDTH = 0xFEE0  # from an ASCII character to its full-width form
+
+
 def _stripped(text: str) -> str:
     """NVILA's normalization: VILA's, then stripped."""
     return normalise_markers(text).strip()
@@ -91,6 +96,34 @@ class Template:
         parts = (*self.stop, *(self.last_stop or ()))
         control = (tokenizer.token_id(part.token) for part in parts if isinstance(part, Special))
         return tuple(dict.fromkeys((*control, tokenizer.eos_id)))
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """The control tokens of this format."""
+        parts = (*self.start, *self.stop, *self.after_stop, *(self.last_stop or ()))
+        turns = (part for parts in (*self.headers.values(), *self.ends.values()) for part in parts)
+        return frozenset(part.token for part in (*parts, *turns) if isinstance(part, Special))
+
+    def without_headers(self, text: str) -> str:
+        """`text` in which no header is written out, for text that must not open a turn.
+
+        Some formats open turns with plain text, such as `ASSISTANT:`, which any text could contain. It
+        becomes `ASSISTANT :`. Headers with control tokens need no such care.
+        """
+        pattern = self._written_headers
+        return pattern.sub(lambda found: f"{found[0][:-1]} {found[0][-1]}", text) if pattern else text
+
+    @functools.cached_property
+    def _written_headers(self) -> re.Pattern[str] | None:
+        """Matches the headers without control tokens, in full-width letters, too; None if there are none."""
+        plain = {
+            "".join(map(str, parts)).strip()
+            for parts in self.headers.values()
+            if parts and all(isinstance(part, str) for part in parts)
+        }
+        # Some tokenizers fold full-width letters to ASCII.
+        options = ("".join(f"[{c}{chr(ord(c) + _FULL_WIDTH)}]" for c in text) for text in sorted(plain))
+        return re.compile("|".join(options)) if plain else None
 
 
 # Expert turns have the user's header, as in VILA-M3.
@@ -188,6 +221,8 @@ TEMPLATES = {
         dataclasses.replace(_chatml("qwen2", "You are a helpful assistant"), trained_spaces=_stripped),
     )
 }
+
+CONTROL_TOKENS = frozenset[str]().union(*(template.control_tokens for template in TEMPLATES.values()))
 
 
 def get_template(name: str) -> Template:
@@ -379,6 +414,17 @@ def encode_document(
     for turn in turns:
         build.text(turn.text, True)
     build.token(tokenizer.eos_id, True)
+    return build.done()
+
+
+def encode_beginning(
+    tokenizer: TokenizerLike, turns: Sequence[Turn], tokens_per_image: int, rules: TextRules = ALL_CLEAN
+) -> Encoded:
+    """Encodes the beginning of a document (see `encode_document`) for generation; nothing is a target."""
+    build = _Builder(tokenizer, dataclasses.replace(PLAIN, rules=rules), tokens_per_image)
+    build.start()
+    for turn in turns:
+        build.text(turn.text, False)
     return build.done()
 
 

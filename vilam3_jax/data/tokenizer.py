@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from vilam3_jax.data.templates import CONTROL_TOKENS
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, read_bytes, write_text_atomic
 
@@ -23,6 +26,7 @@ CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # The largest known tokenizer.json is Gemma's, with 33 MB.
 _MAX_FILE_BYTES = 256 << 20
 _ROLES = ("bos", "eos", "pad")
+_CONTROL = re.compile(r"<\|[^<>|]{1,64}\|>")  # the usual form of a control token
 
 
 class Tokenizer:
@@ -35,7 +39,9 @@ class Tokenizer:
       pad_id: id of unused positions; `eos_id` if the folder names none (Llama 3). Padding is identified by
         masks, never by this id.
       stop_ids: all ids at which generation stops, `eos_id` first.
-      special_tokens: control tokens and their ids.
+      special_tokens: control tokens and their ids: the tokens that the file marks as special, those of the
+        chat templates, those of the form `<|name|>`, and the beginning and end of a sequence. Text
+        never becomes one of them.
       chat_template: Jinja template of the folder, or None. Kept for export only.
     """
 
@@ -62,8 +68,14 @@ class Tokenizer:
         self._plain = _build(tokenizer_json, encode_special_tokens=True)
         added = self._plain.get_added_tokens_decoder()
         self.special_tokens = {token.content: index for index, token in added.items() if token.special}
+        # Some files do not mark all control tokens.
+        vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        ends = {self._plain.id_to_token(index) for index in (bos_id, eos_id) if index is not None}
+        required = {token for token in vocabulary if token in CONTROL_TOKENS or _CONTROL.fullmatch(token)}
+        self.special_tokens |= {token: vocabulary[token] for token in required | ends if token is not None}
+        self._special_ids = frozenset(self.special_tokens.values())
         self.adds_bos = self._plain.encode("", add_special_tokens=True).ids[:1] == [bos_id]
-        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(vocabulary.values()) + 1
 
     @property
     def fingerprint(self) -> str:
@@ -119,17 +131,25 @@ class Tokenizer:
         """
         if allow_special:
             return self._with_specials.encode(text, add_special_tokens=False).ids
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        occurring = [special for special in self.special_tokens if special in text]
-        if not occurring or set(ids).isdisjoint(self.special_tokens.values()):
-            return ids
-        # Some vocabularies contain the control token as an ordinary entry, too. Splitting the text after the
-        # token's first character prevents a match of the whole token.
-        for special in occurring:
-            if len(special) > 1:
-                cut = text.index(special) + 1
-                return self.encode(text[:cut]) + self.encode(text[cut:])
-        return [index for index in ids if index not in self.special_tokens.values()]
+        ids: list[int] = []
+        pieces = [text]
+        while pieces:
+            piece = pieces.pop()
+            encoded = self._plain.encode(piece, add_special_tokens=False)
+            found = [
+                span
+                for index, span in zip(encoded.ids, encoded.offsets, strict=True)
+                if index in self._special_ids
+            ]
+            if not found:
+                ids += encoded.ids
+            elif len(piece) > 1:
+                # The file does not mark the token, or its vocabulary contains it as an ordinary entry, too,
+                # and may fold other characters to it. Cutting after the first one prevents a match.
+                cuts = sorted({min(start + 1, len(piece) - 1) for start, _ in found})
+                bounds = itertools.pairwise((0, *cuts, len(piece)))
+                pieces += reversed([piece[first:last] for first, last in bounds if first < last])
+        return ids
 
     def encode_opening(self, text: str) -> list[int]:
         """Encodes text at the start of a sequence: SentencePiece prepends a space, even before a space.
@@ -155,7 +175,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Returns the text of `ids`, without control tokens if `skip_special`."""
-        return self._plain.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+        kept = [int(index) for index in ids]
+        if skip_special:
+            kept = [index for index in kept if index not in self._special_ids]
+        return self._plain.decode(kept, skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int:
         """Returns the id of a token; raises `UserError` if the vocabulary does not contain it."""

@@ -1,4 +1,4 @@
-"""`vilam3 evaluate`: measure an export on a protocol, and compare results."""
+"""`vilam3 evaluate`: measure a model on a protocol, and compare results."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -24,15 +25,15 @@ from vilam3_jax.data.records import ExampleSource
 from vilam3_jax.data.render import ImageReader
 from vilam3_jax.data.text_rules import TEXT_HELP, TextRules
 from vilam3_jax.data.tfds_folder import datasets_in, read_info
-from vilam3_jax.data.tokenizer import load_tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import comparison, retrieval, statistics, tables
 from vilam3_jax.evals import conditions as arm_lib
 from vilam3_jax.evals import protocol as protocols
 from vilam3_jax.evals.comparison import RESULT_FILE, ROWS_FILE, TABLES_FILE, write_json
-from vilam3_jax.inference.agent import Agent, AnnotationProvider, load_generator
-from vilam3_jax.inference.model_flags import add_model_flags, model_options
-from vilam3_jax.runtime import paths
+from vilam3_jax.inference.agent import Agent, AnnotationProvider
+from vilam3_jax.inference.loading import ModelSource, check_kind, load_generator, open_model
+from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
+from vilam3_jax.runtime import paths, process_flags, processes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,11 +42,12 @@ def main(argv: Sequence[str]) -> int:
         return comparison.COMMANDS[argv[0]](argv[1:])
     options = _parser().parse_args(argv)
     protocol = protocols.get(options.protocol)
-    if isinstance(protocol, retrieval.RetrievalProtocol):
-        _retrieve(options, protocol)
-    else:
-        assert isinstance(protocol, protocols.Protocol)
-        _evaluate(options, protocol)
+    with processes.group("vilam3 evaluate", **process_flags.argument_values(options)):
+        if isinstance(protocol, retrieval.RetrievalProtocol):
+            _retrieve(options, protocol)
+        else:
+            assert isinstance(protocol, protocols.Protocol)
+            _evaluate(options, protocol)
     return 0
 
 
@@ -53,11 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     known = ", ".join(protocols.names())
     parser = argparse.ArgumentParser(
         prog="vilam3 evaluate",
-        description="Measure an export on a protocol. `vilam3 evaluate compare A B ...` compares results, "
+        description="Measure a model on a protocol. `vilam3 evaluate compare A B ...` compares results, "
         "`vilam3 evaluate repeats --arms=A,B DIR ...` pools a difference over repeated runs.",
     )
     add = parser.add_argument
-    add("--checkpoint", help="a training run or its export folder; not for --arm=majority")
+    add("--checkpoint", help=f"{CHECKPOINT_HELP}; not for --arm=majority")
     add("--protocol", required=True, help=f"what is asked and how it is scored: {known}")
     add("--data", required=True, help="folder that `vilam3 prepare` wrote")
     add(
@@ -99,18 +101,14 @@ def read_split(folder: paths.PathLike, split: str) -> tuple[list[Example], dict[
     return [example for example, _ in read], {example.id: root for example, root in read}
 
 
-def _model_config(options: argparse.Namespace, kind: str) -> Any:
-    """The model config of the export, which must be of this kind."""
+def _open(options: argparse.Namespace, kind: str) -> ModelSource:
+    """The model of the command line, which must be of this kind."""
     if not options.checkpoint:
         raise UserError("--checkpoint is missing; give the export folder of a training run")
-    options.checkpoint = str(exports.locate(options.checkpoint))
-    config = exports.load_model_config(options.checkpoint)
-    if config.get("kind") != kind:
-        raise UserError(
-            f"{options.checkpoint}: holds a {config.get('kind')} model, protocol {options.protocol} needs a "
-            f"{kind} one; give the export of another stage"
-        )
-    return config
+    source = open_model(options.checkpoint)
+    needed = f"protocol {options.protocol} needs a {kind} one; give the export of another stage"
+    check_kind(source, kind, needed)
+    return source
 
 
 def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None:
@@ -144,7 +142,10 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
             answered = arm_lib.answer_items(
                 model.agent(arm), protocol, arm, items, load_image, falsify_seed=options.seed
             )
-            rows = list(tqdm(answered, total=len(items), desc=f"evaluating {arm.name}", unit="question"))
+            name, quiet = f"evaluating {arm.name}", not processes.is_primary_process()
+            rows = list(tqdm(answered, total=len(items), desc=name, unit="question", disable=quiet))
+        if not processes.is_primary_process():
+            continue
         result = {
             "arm": {"name": arm.name, "experts": arm.experts, "images": arm.images},
             "protocol": dataclasses.asdict(protocol),
@@ -155,7 +156,7 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
             "limit": options.limit,
             "limit_other": options.limit_other,
             "seed": options.seed,
-            "checkpoint": None if arm.name == arm_lib.MAJORITY else str(options.checkpoint),
+            "checkpoint": None if arm.name == arm_lib.MAJORITY else model and model.source.name,
             "text": None if arm.name == arm_lib.MAJORITY else model and dataclasses.asdict(model.rules),
             **model_options(options),
             "data": str(options.data),
@@ -185,13 +186,14 @@ def _write_result(
 
 
 class _Model:
-    """The export of a command line, loaded once for all arms."""
+    """The model of a command line, loaded once for all arms."""
 
     def __init__(self, options: argparse.Namespace):
-        self._options, self._config = options, _model_config(options, "generative")
+        self._options, self.source = options, _open(options, "generative")
+        self._config = self.source.config.to_dict()
         self.rules = TextRules.of(self._config.get("text")).changed(options.text or "")
         self._generator, self._template = load_generator(
-            options.checkpoint,
+            self.source,
             max_length=options.max_length,
             batch_size=options.batch_size,
             text=options.text or "",
@@ -222,15 +224,16 @@ def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol
     for flag in (*of_dialogues, *model_options(options)):
         if getattr(options, flag) is not None:
             raise UserError(f"--{flag}: has no effect on protocol {protocol.name}; leave it out")
+    if jax.process_count() > 1:
+        raise UserError(f"protocol {protocol.name} is measured by one process; start one")
     out = paths.as_path(options.out)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names a JSON file here")
-    config = _model_config(options, "contrastive")
+    source = _open(options, "contrastive")
     examples, roots = read_split(options.data, protocol.split)
     items = retrieval.retrieval_items(examples, protocol)
-    params, config, tokenizer_folder = exports.load_export(options.checkpoint)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    embedder = retrieval.TwoTowerEmbedder(config, params, tokenizer, options.batch_size)
+    params, config = exports.read_model(source.config, source.read)
+    embedder = retrieval.TwoTowerEmbedder(config, params, source.tokenizer(), options.batch_size)
     processor = image_processor(config, pairs=True)
     reader = ImageReader(processor.kept_size, processor.preprocessing)
     pixels = [
@@ -243,7 +246,7 @@ def _retrieve(options: argparse.Namespace, protocol: retrieval.RetrievalProtocol
     result |= {
         "protocol": dataclasses.asdict(protocol),
         "protocol_hash": protocol.hash,
-        "checkpoint": str(options.checkpoint),
+        "checkpoint": source.name,
         "data": str(options.data),
         "seed": options.seed,
         **_finished(),

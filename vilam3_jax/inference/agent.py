@@ -6,15 +6,15 @@ same functions as in training (`data/experts/exchange.py`).
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
-import jax
 import numpy as np
 
-from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.content_keys import inputs_key
 from vilam3_jax.data.examples import IMAGE_MARKER, Turn
 from vilam3_jax.data.experts.cards import Card, render_cards
@@ -25,22 +25,23 @@ from vilam3_jax.data.experts.host_client import ExpertHost
 from vilam3_jax.data.experts.labels import canonical_args
 from vilam3_jax.data.experts.record import failed
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
-from vilam3_jax.data.experts.wording import Plane
+from vilam3_jax.data.experts.wording import Plane, one_line
 from vilam3_jax.data.image_processor import ImageProcessor
-from vilam3_jax.data.templates import Template, encode_prompt, model_template
-from vilam3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from vilam3_jax.data.templates import Encoded, Template, encode_prompt
+from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.data.volume_slices import with_markers
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import batching
 from vilam3_jax.inference.constraints import AnswerForm, Constraint
-from vilam3_jax.inference.generate import MIN_PREFIX, Chunk, Decoded, Generator
+from vilam3_jax.inference.generate import MIN_PREFIX, Chunk, Decoded, Generator, encoded_chunk
 from vilam3_jax.inference.images import Scan
 from vilam3_jax.inference.sampling import GREEDY, Sampling
-from vilam3_jax.runtime import paths
-from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.sharding.mesh import MeshConfig
+from vilam3_jax.inference.transcript import ExpertCall, Generated, Message, Transcript
+from vilam3_jax.runtime import processes
 
 DEFAULT_MAX_NEW_TOKENS = 128
+MAX_CALLS = 8  # of one turn; what the model writes after them is cut
+_MAX_REASON = 500  # characters of a failure's reason and of a check's message, for people
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Query:
 
     question: str
     scans: tuple[Scan, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            self.question.encode()
+        except UnicodeEncodeError:
+            raise UserError("the question holds bytes that are no UTF-8; write it as plain text") from None
 
     @property
     def input_key(self) -> str:
@@ -76,78 +83,6 @@ class Query:
         if missing := [role for role in card.roles if role not in shown]:
             raise ValueError(f"it needs {', '.join(card.roles)}, and {', '.join(missing)} is missing")
         return dataclasses.replace(self, scans=tuple(shown[role] for role in card.roles))
-
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """A turn of a finished dialogue, with the images of its markers."""
-
-    role: str
-    text: str
-    images: tuple[np.ndarray, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Transcript:
-    """A finished dialogue.
-
-    Attributes:
-      turns: in order.
-      answer: the last turn of the model.
-      annotations: the expert results in the order of the calls, failed ones included.
-      trigger_text: the last turn of the model whose calls were executed, or None.
-      truncated: whether the answer ended at the token limit.
-      cut: text after expert calls, which was removed from the dialogue.
-      unexecuted_calls: calls in removed text, in the answer, or without experts.
-      first_turn: index of the user's last question; the turns before it are those of an earlier transcript.
-      scans: what the questions are about.
-      results: calls and results of the whole dialogue, which a follow-up question knows.
-      cards: text of the experts' cards, with which the first turn begins; "" without experts.
-    """
-
-    turns: tuple[Message, ...]
-    answer: str
-    annotations: tuple[Annotation, ...] = ()
-    trigger_text: str | None = None
-    truncated: bool = False
-    cut: tuple[str, ...] = ()
-    unexecuted_calls: tuple[Call, ...] = ()
-    first_turn: int = 0
-    scans: tuple[Scan, ...] = ()
-    results: tuple[tuple[Call, Result], ...] = ()
-    cards: str = ""
-
-    @property
-    def asked(self) -> str:
-        """The user's last turn, without cards."""
-        return self.turns[self.first_turn].text.removeprefix(self.cards)
-
-    @property
-    def annotation(self) -> Annotation | None:
-        """The last expert result, a failure included, or None."""
-        return self.annotations[-1] if self.annotations else None
-
-    @property
-    def trigger(self) -> tuple[str, str] | None:
-        """(expert, arguments) of the last executed call, or None."""
-        last = self.annotation
-        return None if last is None else (last.expert, last.args)
-
-    @property
-    def prompt(self) -> str:
-        """Text of the first turn, cards included."""
-        return self.turns[0].text
-
-    @property
-    def expert_text(self) -> str | None:
-        """The last expert turn, which ends with the question, or None."""
-        return next((turn.text for turn in reversed(self.turns) if turn.role == "expert"), None)
-
-    @property
-    def overlay(self) -> np.ndarray | None:
-        """The last overlay of an expert, uint8 [H, W, 3], or None."""
-        overlays = [image for turn in self.turns if turn.role == "expert" for image in turn.images]
-        return overlays[-1] if overlays else None
 
 
 class Provider(Protocol):
@@ -202,6 +137,19 @@ class Providers:
             if annotation.status == "ok":
                 break
         return annotation
+
+
+class PrimaryProvider:
+    """Results that the primary process obtains for all processes."""
+
+    def __init__(self, provider: Provider):
+        self._provider = provider
+
+    def annotate(self, query: Query, expert: str, args: str) -> Annotation:
+        def make() -> str:
+            return base64.b64encode(self._provider.annotate(query, expert, args).to_bytes()).decode()
+
+        return Annotation.from_bytes(base64.b64decode(processes.made_by_primary_process(make)))
 
 
 class Agent:
@@ -293,7 +241,7 @@ class Agent:
         tokenizer = self._generator.tokenizer
         chunk = self._question_chunk(row)
         turn = batching.Turn(
-            chunk, max_new_tokens, tuple(self._stops), sampling=sampling, prefix=_prefix_length(chunk)
+            chunk, max_new_tokens, tuple(self._stops), sampling=sampling, prefix=prefix_length(chunk)
         )
         for round_number in range(self._max_rounds + 1):
             last = round_number == self._max_rounds
@@ -305,15 +253,19 @@ class Agent:
             if calls is None:
                 break
             results: list[tuple[Call, Result]] = []
-            for call in map(self._canonical, calls.calls):
+            for call in dict.fromkeys(map(self._canonical, calls.calls)):
                 tell(Event("call", str(call)))
-                result = row.known(call)
+                began, result = time.monotonic(), row.known(call)
+                known = result is not None
                 if result is None:
                     result = yield batching.Wait(functools.partial(self._result, row.query, call))
+                accepted = self._refusal(call) is None
+                row.add_call(call, result.annotation, accepted=accepted, known=known, began=began)
                 tell(Event("result", str(call), result.annotation))
                 results.append((call, result))
             # The model must not read what it wrote after its calls.
-            kept = Chunk.text(tokenizer.encode(calls.kept) if calls.cut else [])
+            reread = self._plain(Turn("assistant", calls.kept)) if calls.cut else ""
+            kept = Chunk.text(tokenizer.encode(reread))
             forget = len(decoded.ids) if calls.cut else 0
             chunk = kept.join(self._expert_chunk(row, calls.kept, results))
             turn = dataclasses.replace(turn, chunk=chunk, prefix=0, forget=forget)
@@ -340,12 +292,14 @@ class Agent:
         if on_event is not None:
             text = StreamedText(tokenizer, lambda new: on_event(Event("text", new)))
             turn = dataclasses.replace(turn, on_tokens=text.add)
+        began = time.monotonic()
         decoded = yield turn
         if text is not None:
             text.close()
         if decoded.error:
             raise ModelError(decoded.error)
         row.add_answer(tokenizer, decoded)
+        row.describe_answer(decoded, time.monotonic() - began)
         return decoded
 
     def replay(self, exchanges: Sequence[tuple[Query, str]], *, system: str = "") -> Transcript | None:
@@ -361,6 +315,14 @@ class Agent:
             earlier = row.transcript()
         return earlier
 
+    def refusal(self, call: Call) -> str | None:
+        """Why a call is refused, because no card lists its expert or argument, or None."""
+        return self._refusal(self._canonical(call))
+
+    def annotate(self, query: Query, call: Call) -> Annotation:
+        """The result of a call by a person or a program, as the model would get it; failed ones included."""
+        return self._result(query, self._canonical(call)).annotation
+
     def question(self, query: Query) -> Chunk:
         """What the model reads before its first answer to a question."""
         return self._question_chunk(_Dialogue(query, None))
@@ -374,7 +336,8 @@ class Agent:
         if self._cards and not row.cards:
             cards = list(self._cards.values())
             (turn,), row.cards = with_cards([turn], cards), render_cards(cards)
-        row.turns.append(Message("user", turn.text, tuple(image for scan in scans for image in scan.images)))
+        shown_images = tuple(image for scan in scans for image in scan.images)
+        row.turns.append(Message("user", turn.text, shown_images, time.time()))
         turns = [Turn(message.role, message.text) for message in row.turns]
         return self._chunk(turns, tuple(image for message in row.turns for image in message.images))
 
@@ -387,7 +350,7 @@ class Agent:
         text = with_markers(reply.text, [base.marker for base in bases])
         row.results += results
         row.trigger_text = kept
-        row.turns.append(Message("expert", text, images))
+        row.turns.append(Message("expert", text, images, time.time()))
         # The model's turn is cached without its end, so the chunk starts with that.
         return self._chunk([Turn("expert", text)], images, after_answer=True)
 
@@ -398,28 +361,37 @@ class Agent:
             return Call(call.expert)  # the expert takes no arguments
         return Call(call.expert, canonical_args(call.expert, call.args))
 
+    def _refusal(self, call: Call) -> str | None:
+        """Why a call is not passed on to the source of results, or None."""
+        card = self._cards.get(call.expert)
+        if card is None:
+            return f"there is no expert {call.expert}"
+        if call.args not in (card.args or ("",)):
+            return f"{call.expert} does not take the argument {call.args!r}"
+        return None
+
     def _result(self, query: Query, call: Call) -> Result:
         """The result of a call; one that cannot be shown on this image counts as failed."""
-        card = self._cards.get(call.expert)
-        key, why = query.input_key, ""
-        if card is None:
-            why = f"there is no expert {call.expert}"
-        elif call.args not in (card.args or ("",)):
-            why = f"{call.expert} does not take the argument {call.args!r}"
-        else:
+        card, why = self._cards.get(call.expert), self._refusal(call)
+        key = query.input_key
+        if card is not None and why is None:
             try:
                 query = query.for_expert(card)
             except ValueError as error:
                 why = str(error)
-        if card is None or why or self._provider is None:
-            return Result(failed(key, call.expert, call.args, why), "classification")
-        annotation = self._provider.annotate(query, call.expert, call.args)
+        if card is None or why is not None or self._provider is None:
+            return Result(failed(key, call.expert, call.args, why or ""), "classification")
+        annotation = _for_people(self._provider.annotate(query, call.expert, call.args))
         try:
             shown = query.scans[0].shown_with(annotation)
+            result = Result(annotation, card.task, Plane(shown.axis, shown.index))
+            problem = result.problem()
+            if problem is None and result.shows_overlay:
+                assert shown.axis is not None and shown.index is not None  # see Result.problem
+                annotation.label_slice(shown.axis, shown.index)
         except ValueError as error:
             return Result(failed(*annotation.key, f"its result cannot be shown: {error}"), card.task)
-        result = Result(annotation, card.task, Plane(shown.axis, shown.index))
-        if problem := result.problem():
+        if problem:
             reason = f"its result does not fit this image: {problem}"
             return dataclasses.replace(result, annotation=failed(*annotation.key, reason))
         return result
@@ -432,21 +404,34 @@ class Agent:
     def _chunk(
         self, turns: Sequence[Turn], images: tuple[np.ndarray, ...], *, after_answer: bool = False
     ) -> Chunk:
+        # No text may open a turn, and nothing that a model wrote is an image.
+        turns = [dataclasses.replace(turn, text=self._plain(turn)) for turn in turns]
         if sum(turn.text.count(IMAGE_MARKER) for turn in turns) != len(images):
             raise UserError(f"the question holds {IMAGE_MARKER}; leave it out, it is inserted automatically")
-        generator, processor = self._generator, self.processor
-        count = generator.tokens_per_image
-        grids = [processor.grid(image) for image in images]
-        turns = processor.expand(turns, grids)
-        encoded = encode_prompt(generator.tokenizer, self._template, turns, count, after_answer=after_answer)
-        encoded = processor.merge(encoded, grids, count)
-        index = encoded.image_of_token * count + encoded.visual_offset
-        inputs = tuple(tile for image in images for tile in processor.inputs(image))
-        visual = np.where(encoded.image_of_token >= 0, index, -1)
-        return Chunk(encoded.tokens, visual, inputs, processor.tile_map(grids))
+        tokenizer, size = self._generator.tokenizer, self._generator.tokens_per_image
+
+        def encode(turns: Sequence[Turn]) -> Encoded:
+            return encode_prompt(tokenizer, self._template, turns, size, after_answer=after_answer)
+
+        return encoded_chunk(turns, images, self.processor, size, encode)
+
+    def _plain(self, turn: Turn) -> str:
+        text = self._template.without_headers(turn.text)
+        return text.replace(IMAGE_MARKER, f"< {IMAGE_MARKER[1:]}") if turn.role == "assistant" else text
 
 
-def _prefix_length(chunk: Chunk) -> int:
+def _for_people(annotation: Annotation) -> Annotation:
+    """A result whose reason and messages are single short lines, which a terminal can show."""
+    verdicts = tuple(
+        dataclasses.replace(one, message=one_line(one.message, _MAX_REASON)) for one in annotation.verdicts
+    )
+    reason = annotation.reason and (one_line(annotation.reason, _MAX_REASON) or "no reason given")
+    if reason == annotation.reason and verdicts == annotation.verdicts:
+        return annotation
+    return dataclasses.replace(annotation, reason=reason, verdicts=verdicts)
+
+
+def prefix_length(chunk: Chunk) -> int:
     """Tokens up to the last image, which other questions about the same images begin with, too."""
     images = np.flatnonzero(chunk.visual_index >= 0)
     length = int(images[-1]) + 1 if len(images) else 0
@@ -516,6 +501,8 @@ class _Dialogue:
         self.truncated = False
         self.cut: list[str] = []
         self.unexecuted_calls: list[Call] = []
+        self.calls: list[ExpertCall] = []
+        self.asked_at, self.began = time.time(), time.monotonic()
 
     def known(self, call: Call) -> Result | None:
         """The result of the same call earlier in the dialogue, about the same scans."""
@@ -525,13 +512,28 @@ class _Dialogue:
         self.turns.append(Message("assistant", tokenizer.decode(decoded.ids).strip()))
         self.truncated = not decoded.stopped
 
+    def describe_answer(self, decoded: Decoded, seconds: float) -> None:
+        """Adds to the last turn how it was generated."""
+        known = len(decoded.log_probs) == len(decoded.ids)
+        made = Generated(len(decoded.ids), sum(decoded.log_probs) if known else None, seconds)
+        self.turns[-1] = dataclasses.replace(self.turns[-1], time=time.time(), generated=made)
+
+    def add_call(
+        self, call: Call, annotation: Annotation, *, accepted: bool, known: bool, began: float
+    ) -> None:
+        """Records a call whose result will be in the next turn; `began` is of `time.monotonic`."""
+        seconds = time.monotonic() - began
+        self.calls.append(
+            ExpertCall(call, annotation, accepted, known, len(self.turns), time.time(), seconds)
+        )
+
     def read_calls(self) -> CallingTurn | None:
         """The last turn if it calls experts; removes the text after the calls."""
-        turn = parse_turn(self.turns[-1].text)
+        turn = parse_turn(self.turns[-1].text, MAX_CALLS)
         if not turn.calls:
             return None
         if turn.cut:
-            self.turns[-1] = Message("assistant", turn.kept)
+            self.turns[-1] = dataclasses.replace(self.turns[-1], text=turn.kept)
             self.cut.append(turn.cut)
             self.unexecuted_calls += turn.dropped
         return turn
@@ -549,58 +551,7 @@ class _Dialogue:
             scans=self.query.scans,
             results=(*self.earlier, *self.results),
             cards=self.cards,
+            calls=tuple(self.calls),
+            asked_at=self.asked_at,
+            seconds=time.monotonic() - self.began,
         )
-
-
-def load_generator(
-    checkpoint: paths.PathLike,
-    *,
-    max_length: int = 2048,
-    batch_size: int = 16,
-    text: str = "",
-    tensor: int = 1,
-    dtype: str | None = None,
-    cache_dtype: str | None = None,
-) -> tuple[Generator, Template]:
-    """Opens an export of a generative model.
-
-    Args:
-      checkpoint: export folder, or a run with one.
-      max_length: maximum positions of a dialogue.
-      batch_size: maximum dialogues of a batch.
-      text: changes of the export's text rules, see `TextRules.changed`.
-      tensor: devices that share the heads and hidden units; -1 is all. With several processes, all call this.
-      dtype: "float32" or "bfloat16": type of weights and activations; "int8": matrices of the LLM in int8,
-        the rest in the type of the export's activations. By default that of the export.
-      cache_dtype: type of cached keys and values: "float32", "bfloat16" or "int8"; by default that of
-        activations.
-
-    Raises:
-      UserError: no export of a generative model with a tokenizer, an unknown text rule or type, or a model
-        that cannot be split over so many devices.
-    """
-    folder = exports.locate(checkpoint)
-    config = exports.load_model_config(folder)
-    if config.get("kind") != "generative":
-        raise UserError(
-            f"{folder}: holds a {config.get('kind')} model, which generates no text; "
-            "give the export of a later stage"
-        )
-    template = model_template(config, text)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    mesh = None
-    if tensor != 1:
-        count = len(jax.devices()) if tensor == -1 else tensor
-        axes = MeshConfig(data=1, fsdp=1, tensor=count)
-        mesh = mesh_lib.build_mesh(axes, jax.devices()[:count])
-    params, config, _ = exports.load_export(folder, mesh=mesh, dtype=dtype)
-    generator = Generator(
-        config,
-        params,
-        tokenizer,
-        max_length=max_length,
-        batch_size=batch_size,
-        mesh=mesh,
-        cache_dtype=cache_dtype,
-    )
-    return generator, template

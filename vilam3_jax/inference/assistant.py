@@ -7,46 +7,50 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.experts.cards import Card, card_list
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.host_client import ExpertHost
+from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.experts.store import AnnotationStore
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference import batching
+from vilam3_jax.inference import batching, continuations, rendering
 from vilam3_jax.inference.agent import (
     DEFAULT_MAX_NEW_TOKENS,
     Agent,
     AnnotationProvider,
     Event,
     HostProvider,
+    PrimaryProvider,
     Provider,
     Providers,
     Query,
     Transcript,
-    load_generator,
 )
 from vilam3_jax.inference.constraints import AnswerForm
+from vilam3_jax.inference.continuations import Continuation
 from vilam3_jax.inference.generate import Generator
 from vilam3_jax.inference.images import ImageLike, Scan, open_image
+from vilam3_jax.inference.loading import load_generator
 from vilam3_jax.inference.sampling import GREEDY, Sampling
-from vilam3_jax.runtime import paths
+from vilam3_jax.runtime import paths, processes
 
 NOT_CLINICAL = "Not for clinical use: a research model; its answers and its experts' results may be wrong."
 HOST_PROGRAM = "vilam3-experts"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Reply:
-    """The answer to a question.
+    """The answer to a question; notebooks show it with its images.
 
     Attributes:
       answer: the last turn of the model.
@@ -67,6 +71,15 @@ class Reply:
 
     def __str__(self) -> str:
         return self.answer
+
+    def __repr__(self) -> str:
+        calls = [str(Call(one.expert, one.args)) for one in self.transcript.annotations]
+        shown = {"image": self.description or None, "experts": calls or None}
+        extra = "".join(f", {name}={value!r}" for name, value in shown.items() if value)
+        return f"Reply({self.answer!r}{extra}, {len(self.notes)} notes)"
+
+    def _repr_html_(self) -> str:
+        return rendering.reply_html(self)
 
 
 class ViewOptions(TypedDict, total=False):
@@ -95,11 +108,24 @@ class AskOptions(ViewOptions, total=False):
     on_event: Callable[[Event], None] | None
 
 
+class ContinueOptions(ViewOptions, total=False):
+    """Options of `Assistant.generate`: those of `open_image`, of `continuations.Ending` and of `Sampling`."""
+
+    max_new_tokens: int
+    stop: Sequence[str]
+    stop_ids: Sequence[int] | None
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    seed: int
+
+
 Images = ImageLike | Mapping[str, ImageLike] | None
 
 
 class Assistant:
-    """An export that answers questions about images; close it, or use it in a `with` statement."""
+    """A model that answers questions about images; close it, or use it in a `with` statement."""
 
     def __init__(
         self,
@@ -112,14 +138,17 @@ class Assistant:
         batch_size: int = 1,
         text: str = "",
         isolate: bool = False,
-        tensor: int = 1,
+        mesh: Mesh | str | int | None = None,
         dtype: str | None = None,
         cache_dtype: str | None = None,
     ):
-        """Opens an export.
+        """Loads a model. With several processes, all make the same calls with the same arguments.
 
         Args:
-          path: a training run, its `export` folder, or what `vilam3 convert import` or `vilam3 export` wrote.
+          path: an export (what `vilam3 convert import` and `vilam3 export` write); a training run, whose
+            export is loaded, or its newest checkpoint while there is none; one of its checkpoints,
+            `RUN/checkpoints/STEP`; or a Hugging Face folder of VILA, VILA-M3 or NVILA, which is read onto the
+            devices as it is.
           annotations: annotation store, which is preferred to the expert host.
           expert_host: 'auto' (the installed `vilam3-experts`, started when first needed), 'off', or the
             command that starts one, for example in another virtual environment.
@@ -129,23 +158,23 @@ class Assistant:
             shares its batch, but may have others with another batch size.
           text: changes of the export's text rules: `as_trained`, `clean`, or for example `spaces=clean`.
           isolate: decode images in a separate process, with limits on time and memory.
-          tensor, dtype, cache_dtype: devices that share the model, its type and that of its cache; see
-            `load_generator`.
+          mesh: devices that share the model: their number, or the same as "tensor=4"; -1 for all. Or a `Mesh`
+            with the axis `tensor`. By default one device, or all devices of several processes.
+          dtype, cache_dtype: type of the model and that of its cache, see `load_generator`.
 
         Raises:
-          UserError: no export of a generative model, or an unknown text rule.
+          UserError: no generative model, an unknown text rule or type, or a mesh that does not fit the model.
         """
-        path = exports.locate(path)
         self._generator, self._template = load_generator(
             path,
             max_length=max_length,
             batch_size=batch_size,
             text=text,
-            tensor=tensor,
+            mesh=mesh,
             dtype=dtype,
             cache_dtype=cache_dtype,
         )
-        model = exports.load_model_config(path).to_dict()
+        model = self._generator.model.to_dict()
         self._cards, self._style = card_list(model), Style.of(model)
         self._annotations, self._expert_host, self._weights = annotations, expert_host, expert_weights
         self._host: ExpertHost | None = None
@@ -184,6 +213,68 @@ class Assistant:
         """Starts a conversation, in which every question knows those before it."""
         return Chat(self, image, options)
 
+    def generate(
+        self, prompt: str | Sequence[int], image: Images = None, **options: Unpack[ContinueOptions]
+    ) -> Continuation:
+        """Continues a text, without chat template and experts.
+
+        Args:
+          prompt: text, in which `<image>` marks the places of images; without markers, they come first. Or
+            token ids, which may be control tokens.
+          image: see `ask`.
+          **options: see `ContinueOptions`; greedy by default. `stop` are texts that end the continuation,
+            `stop_ids` tokens, by default those of the tokenizer.
+
+        Raises `UserError` for an unusable image, an empty prompt, or options out of their range.
+        """
+        (only,) = self.samples(prompt, 1, image, **options)
+        return only
+
+    def samples(
+        self,
+        prompt: str | Sequence[int],
+        count: int,
+        image: Images = None,
+        **options: Unpack[ContinueOptions],
+    ) -> list[Continuation]:
+        """Several continuations of one text, with seeds that count up from `seed`; see `generate`."""
+        make = self._continuing(prompt, image, options)
+        if count > 1 and not options.get("temperature"):
+            raise UserError(f"{count} samples at temperature 0 would be equal; set a temperature above 0")
+        return list(self._batcher.run(make(offset) for offset in range(count)))
+
+    def stream(
+        self, prompt: str | Sequence[int], image: Images = None, **options: Unpack[ContinueOptions]
+    ) -> Iterator[str]:
+        """The text of `generate` in pieces, as they are generated; closing the iterator stops it."""
+        make = self._continuing(prompt, image, options)
+        return continuations.stream(self._batcher, lambda tell: make(on_text=tell))
+
+    def _continuing(
+        self, prompt: str | Sequence[int], image: Images, options: ContinueOptions
+    ) -> Callable[..., batching.Script[Continuation]]:
+        """(offset of the seed, callback for text) ↦ script."""
+        asked = _split(options)
+        sampling: Sampling = asked.of_script.pop("sampling")
+        stop, stop_ids = asked.of_script.pop("stop", ()), asked.of_script.pop("stop_ids", None)
+        ending = continuations.Ending(
+            asked.of_script.pop("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+            (stop,) if isinstance(stop, str) else tuple(stop),
+            None if stop_ids is None else tuple(stop_ids),
+        )
+        if asked.of_script:
+            raise UserError(f"generate takes no option {', '.join(asked.of_script)}")
+        scans = self._scans(image, "", asked.view, question=False)
+        chunk = continuations.beginning(self._generator, prompt, scans, self._template.rules)
+
+        def make(
+            offset: int = 0, on_text: Callable[[str], None] | None = None
+        ) -> batching.Script[Continuation]:
+            seeded = dataclasses.replace(sampling, seed=sampling.seed + offset)
+            return continuations.script(self._generator, chunk, ending, seeded, on_text)
+
+        return make
+
     def script(
         self,
         prompt: str,
@@ -214,6 +305,14 @@ class Assistant:
     ) -> Transcript | None:
         """The `earlier` of `script` from a dialogue that somebody else kept; see `Agent.replay`."""
         return self._agent(experts).replay(exchanges, system=system)
+
+    def refusal(self, call: Call) -> str | None:
+        """Why a call is refused, because no card lists its expert or argument, or None."""
+        return self._agent(True).refusal(call)
+
+    def annotate(self, query: Query, call: Call) -> Annotation:
+        """The result of an expert on the scans of a query, without the model; failed ones included."""
+        return self._agent(True).annotate(query, call)
 
     @property
     def generator(self) -> Generator:
@@ -275,14 +374,15 @@ class Assistant:
             return []
         processor = self._generator.processor
         size, preprocessing = processor.kept_size, processor.preprocessing
-        scans = [
-            dataclasses.replace(
-                open_image(one, size, preprocessing=preprocessing, decoder=self._decoder, **view), role=role
-            )
-            for role, one in (image if isinstance(image, Mapping) else {"": image}).items()
-        ]
-        check_grid(scans)
-        return scans
+        options = {"preprocessing": preprocessing, "decoder": self._decoder, **view}
+
+        def read() -> list[Scan]:
+            named = image if isinstance(image, Mapping) else {"": image}
+            scans = [dataclasses.replace(open_image(i, size, **options), role=r) for r, i in named.items()]
+            check_grid(scans)
+            return scans
+
+        return _read_alike(read)
 
     def _reply(self, transcript: Transcript, new_scans: Sequence[Scan]) -> Reply:
         scans = transcript.scans
@@ -291,7 +391,7 @@ class Assistant:
             transcript=transcript,
             image=scans[0].image if scans else None,
             overlay=transcript.overlay,
-            description="; ".join(_with_role(scan.role, scan.description) for scan in scans),
+            description=described(scans),
             notes=(
                 *(_with_role(scan.role, note) for scan in new_scans for note in scan.notes),
                 *_notes(transcript, self._cards),
@@ -331,7 +431,8 @@ class Assistant:
             found.append(HostProvider(self._host))
         if not found:
             raise UserError("experts are on, but there are none: give annotations or an expert host")
-        return found[0] if len(found) == 1 else Providers(found)
+        provider = found[0] if len(found) == 1 else Providers(found)
+        return provider if jax.process_count() == 1 else PrimaryProvider(provider)
 
 
 load = Assistant
@@ -340,33 +441,58 @@ load = Assistant
 class Chat:
     """A conversation: every question knows the images, the answers and the experts' results before it.
 
+    Notebooks show it with its images.
+
     Attributes:
       replies: one for each question so far.
+      image: the image that was shown last, or None.
     """
 
     def __init__(self, assistant: Assistant, image: Images, options: AskOptions):
         """Called by `Assistant.chat`."""
         self.replies: list[Reply] = []
         self._assistant, self._options = assistant, options
-        self._image: Images = image
+        self.image: Images = None
+        self._scans: list[Scan] | None = None  # of an image that no question was asked about yet
+        self.show(image)
+
+    def __repr__(self) -> str:
+        last = f", the last {self.replies[-1]!r}" if self.replies else ""
+        return f"Chat({len(self.replies)} replies{last})"
+
+    def _repr_html_(self) -> str:
+        return rendering.chat_html(self.replies)
+
+    @property
+    def description(self) -> str:
+        """What the next question is about; "" without image."""
+        if self._scans is None:
+            return self.replies[-1].description
+        return described(self._scans)
 
     def show(self, image: Images, **options: Unpack[ViewOptions]) -> None:
-        """Shows an image with the next question, which is then about it alone."""
-        self._image = image
-        self.set(**options)
+        """Shows an image with the next question, which is then about it alone.
+
+        Raises `UserError` for an unusable image, and changes nothing.
+        """
+        changed = cast(AskOptions, {**self._options, **options})
+        self._scans = self._assistant._scans(image, "", _split(changed).view, question=False)
+        self.image, self._options = image, changed
 
     def set(self, **options: Unpack[AskOptions]) -> None:
-        """Changes options of the questions that follow."""
+        """Changes options of the questions that follow; those of `open_image` take effect with `show`."""
         self._options = {**self._options, **options}
 
     def ask(self, prompt: str, **options: Unpack[AskOptions]) -> Reply:
         """Asks the next question; `options` are for this question alone. Raises as `Assistant.ask`."""
         asked = _split({**self._options, **options})
-        scans = self._assistant._scans(self._image, prompt, asked.view)
+        scans = self._scans or []
+        if self._scans is not None and _split(options).view:
+            scans = self._assistant._scans(self.image, "", asked.view, question=False)
         earlier = self.replies[-1].transcript if self.replies else None
         script = self._assistant.script(prompt, scans=scans, earlier=earlier, **asked.of_script)
         (reply,) = self._assistant._batcher.run([script])
-        self._image = None
+        self._scans = None
         self.replies.append(reply)
         return reply
 
@@ -410,6 +536,23 @@ def host_command(setting: str, *, required: bool) -> list[str]:
     return []
 
 
+def _read_alike(read: Callable[[], list[Scan]]) -> list[Scan]:
+    """Scans that all processes read; raises `UserError` in all of them if one cannot, or reads others."""
+    if jax.process_count() == 1:
+        return read()
+    try:
+        scans, problem = read(), ""
+    except UserError as error:
+        scans, problem = [], str(error)
+    found = processes.gather([problem, [scan.input_key for scan in scans]])
+    for number, (message, _) in enumerate(found):
+        if message:
+            raise UserError(f"process {number}: {message}")
+    if any(keys != found[0][1] for _, keys in found):
+        raise UserError("the processes read different images; check that all hosts see the same files")
+    return scans
+
+
 def check_grid(scans: Sequence[Scan]) -> None:
     """Raises UserError if there are no scans, or if the scans show different slices."""
     if not scans:
@@ -422,6 +565,11 @@ def check_grid(scans: Sequence[Scan]) -> None:
                 f"image {scan.role}: {scan.description}, the first one is {first.description}; give scans of "
                 "one grid, or the plane and the slice"
             )
+
+
+def described(scans: Sequence[Scan]) -> str:
+    """The descriptions of scans, with their roles."""
+    return "; ".join(_with_role(scan.role, scan.description) for scan in scans)
 
 
 def _with_role(role: str, text: str) -> str:

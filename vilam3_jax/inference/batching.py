@@ -140,7 +140,7 @@ class Batcher:
                         started.append(self.add(script))
                 while started and started[0].done():
                     yield started.popleft().result()
-                if started:
+                if started or not exhausted:  # other dialogues of the batcher may hold its rows
                     self.step()
         finally:
             for future in started:

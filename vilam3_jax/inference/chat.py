@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +15,9 @@ from vilam3_jax.data.volumes import AXES
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.agent import DEFAULT_MAX_NEW_TOKENS, Event
 from vilam3_jax.inference.assistant import NOT_CLINICAL, Assistant, Images, Reply, load
-from vilam3_jax.inference.model_flags import add_model_flags, model_options
-from vilam3_jax.runtime import paths
+from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
+from vilam3_jax.inference.rendering import reply_text
+from vilam3_jax.runtime import paths, process_flags, processes
 
 _ROLE = re.compile(r"[a-z][a-z0-9]{0,15}=.")
 # Flags that are arguments of `load` and of `Assistant.ask`.
@@ -23,18 +26,6 @@ _ASK_OPTIONS = (
     "axis", "slices", "modality", "series", "frame", "max_new_tokens", "temperature", "top_p", "top_k",
     "repetition_penalty", "seed",
 )  # fmt: skip
-
-
-def render_dialogue(reply: Reply, *, cards: bool = False) -> str:
-    """The turns since the last question as text, then the notes; `cards` shows those of the experts, too."""
-    transcript = reply.transcript
-    experts = " and ".join(dict.fromkeys(a.expert for a in transcript.annotations))
-    names = {"user": "You", "assistant": "Model", "system": "System", "expert": f"Expert {experts}"}
-    lines = [f"[image] {reply.description}"] if reply.description else []
-    for turn in transcript.turns[transcript.first_turn :]:
-        text = turn.text if cards else turn.text.removeprefix(transcript.cards)
-        lines.append(f"{names[turn.role]}: {text}")
-    return "\n".join([*lines, "", *(f"Note: {note}" for note in reply.notes)])
 
 
 _HELP = """\
@@ -47,22 +38,22 @@ Ask a question, or type
 
 
 class _Session:
-    """An interactive session: every question knows those before it."""
+    """An interactive session: every question knows those before it.
+
+    With several processes, the primary one reads the lines and prints.
+    """
 
     def __init__(self, assistant: Assistant, image: Images, options: dict[str, Any], verbose: bool):
-        self._image, self._verbose = image, verbose
+        self._assistant, self._verbose = assistant, verbose
         self._chat = assistant.chat(image, **options)
 
     def run(self, read: Callable[[str], str]) -> None:
         """Answers lines of `read` until it raises EOFError, or /quit."""
-        print(f"{NOT_CLINICAL}\n{_HELP}")
+        _say(f"{NOT_CLINICAL}\n{_HELP}")
+        self._describe()
         while True:
-            try:
-                line = read("> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            if line == "/quit":
+            line = processes.made_by_primary_process(lambda: _line(read))
+            if line is None or line == "/quit":
                 return
             try:
                 if line.startswith("/"):
@@ -70,7 +61,11 @@ class _Session:
                 elif line:
                     self._ask(line)
             except UserError as error:
-                print(f"error: {error}")
+                _say(f"error: {error}")
+
+    def _describe(self) -> None:
+        if self._chat.description:
+            _say(f"[image] {self._chat.description}")
 
     def _ask(self, question: str) -> None:
         wrote = False
@@ -78,43 +73,68 @@ class _Session:
         def tell(event: Event) -> None:
             nonlocal wrote
             if event.kind == "text":
-                print(event.text, end="", flush=True)
-                wrote = True
+                if not self._verbose:  # which shows the whole dialogue at the end
+                    _say(event.text, end="", flush=True)
+                    wrote = True
             elif event.kind == "call":
-                print(f"\n[{event.text} is running]" if wrote else f"[{event.text} is running]", flush=True)
+                _say(f"\n[{event.text} is running]" if wrote else f"[{event.text} is running]", flush=True)
+                wrote = False
             elif event.annotation is not None and event.annotation.status != "ok":
-                print(f"[{event.text} failed: {event.annotation.reason}]", flush=True)
+                _say(f"[{event.text} failed: {event.annotation.reason}]", flush=True)
 
         reply = self._chat.ask(question, on_event=tell)
-        print()
         if self._verbose:
-            print(render_dialogue(reply, cards=True))
+            _say(reply_text(reply, cards=True))
             return
+        _say()
         for note in reply.notes:
             if note != NOT_CLINICAL:
-                print(f"note: {note}")
+                _say(f"note: {note}")
 
     def _command(self, name: str, value: str) -> None:
         value = value.strip()
         if name == "image" and value:
-            self._image = _images(value.split() if "=" in value else [value])
-            self._chat.show(self._image, index=None)
+            given = value.split() if "=" in value else [os.path.expanduser(value)]
+            self._chat.show(_images(given), index=None)
+            self._describe()
         elif name == "slice" and value.isdecimal():
-            self._chat.show(self._image, index=int(value))
+            self._chat.show(self._chat.image, index=int(value))
+            self._describe()
         elif name == "expert" and value in ("on", "off"):
+            if value == "on":
+                self._assistant.start_experts()
             self._chat.set(experts=value == "on")
         elif name == "save" and value:
             if not self._chat.replies:
                 raise UserError("/save: nothing has been answered yet; ask a question first")
-            save(self._chat.replies[-1], value)
+            folder = os.path.expanduser(value)
+            save(self._chat.replies[-1], folder)
+            _say(f"saved to {folder}")
         elif name == "help":
-            print(_HELP)
+            _say(_HELP)
         else:
             raise UserError(f"/{name} {value}".rstrip() + ": not understood; /help lists the commands")
 
 
+def _line(read: Callable[[str], str]) -> str | None:
+    """The next line; None at the end of the input."""
+    try:
+        return read("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _say(*words: str, **options: Any) -> None:
+    """Prints, in the primary process alone."""
+    if processes.is_primary_process():
+        print(*words, **options)
+
+
 def save(reply: Reply, folder: paths.PathLike) -> None:
     """Writes transcript.txt, image.png and overlay.png, as far as the answer has them."""
+    if not processes.is_primary_process():
+        return
     out = paths.as_path(folder)
     turns = [f"{turn.role}: {turn.text}" for turn in reply.transcript.turns]
     paths.write_text_atomic(out / "transcript.txt", "\n".join([*turns, "", *reply.notes, ""]))
@@ -127,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 chat", description="Ask a trained model about an image. " + NOT_CLINICAL
     )
-    parser.add_argument("--checkpoint", required=True, help="a training run or its export folder")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT_HELP)
     parser.add_argument(
         "--image",
         action="append",
@@ -196,16 +216,23 @@ def main(argv: Sequence[str]) -> int:
     for name in ("max_new_tokens", "max_length"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}={getattr(options, name)}: must be at least 1")
+    with processes.group("vilam3 chat", **process_flags.argument_values(options)):
+        _chat(options)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> None:
     asked = {name: getattr(options, name) for name in _ASK_OPTIONS}
     asked |= {"experts": options.experts == "on", "index": options.slice, "window": _window(options.window)}
     image = _images(options.image)
     of_load = {name: getattr(options, name) for name in _LOAD_OPTIONS} | model_options(options)
     with load(options.checkpoint, **of_load) as assistant:
         if options.prompt is None:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  edits and recalls the lines of `input`
             _Session(assistant, image, asked, options.verbose).run(input)
-            return 0
+            return
         reply = assistant.ask(image, options.prompt, **asked)
-    print(render_dialogue(reply, cards=options.verbose))
+    _say(reply_text(reply, cards=options.verbose))
     if options.save_images:
         save(reply, options.save_images)
-    return 0

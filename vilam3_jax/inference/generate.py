@@ -11,28 +11,30 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from vilam3_jax.data.examples import Turn
 from vilam3_jax.data.image_processor import ImageProcessor, image_processor
 from vilam3_jax.data.packing import NO_GRID
+from vilam3_jax.data.templates import Encoded
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference import programs
+from vilam3_jax.inference.placement import head_columns, split_head
 from vilam3_jax.inference.sampling import GREEDY, RowSampling, Sampling
-from vilam3_jax.models import build, kv_cache
+from vilam3_jax.models import kv_cache
 from vilam3_jax.models.model_config import resolve
 
 _MIN_CHUNK = 16
 _MIN_CACHE = 256
-_MIN_NEW = 32
-_STOP_SLOTS = 8
+MIN_NEW = 32
+MAX_STOP_IDS = 8
 _PREFIXES = 8
 PART = 512  # positions of a prompt that are computed together
 MIN_PREFIX = 16  # tokens worth keeping for other dialogues
@@ -93,6 +95,33 @@ class Chunk:
             dataclasses.replace(self, tokens=part.tokens, visual_index=side) if (side >= 0).any() else part
             for part, side in zip(parts, sides, strict=True)
         )
+
+
+def encoded_chunk(
+    turns: Sequence[Turn],
+    images: Sequence[np.ndarray],
+    processor: ImageProcessor,
+    tokens_per_image: int,
+    encode: Callable[[Sequence[Turn]], Encoded],
+) -> Chunk:
+    """A chunk of text and images.
+
+    Args:
+      turns: with one `<image>` per image.
+      images: uint8 [H, W, 3] each, in order.
+      processor: of the model.
+      tokens_per_image: T.
+      encode: turns ↦ tokens, one of the functions of `data.templates`.
+
+    Raises:
+      ValueError: the numbers of markers and images differ.
+    """
+    grids = [processor.grid(image) for image in images]
+    encoded = processor.merge(encode(processor.expand(turns, grids)), grids, tokens_per_image)
+    index = encoded.image_of_token * tokens_per_image + encoded.visual_offset
+    inputs = tuple(tile for image in images for tile in processor.inputs(image))
+    visual = np.where(encoded.image_of_token >= 0, index, -1)
+    return Chunk(encoded.tokens, visual, inputs, processor.tile_map(grids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,39 +198,18 @@ class Generator:
         self.processor = image_processor(model)
         self.image_size = self.processor.size
         self.max_length, self.batch_size = max_length, batch_size
-        self._params = params
+        self._params = params if mesh is None else split_head(params, mesh)
         self._prefixes: collections.OrderedDict[bytes, _Prefix] = collections.OrderedDict()
-        graphdef, _ = build.abstract_model(model, "generative")
         self.tokens_per_image = model.tokens_per_image
         self._rows, self.parts = rows, 1 if rows is None else row_parts(rows)
-        of_cache = kv_cache.dtype_of(model.dtype if cache_dtype is None else cache_dtype)
-        state, whole = programs.shardings(rows, mesh, model.llm.num_kv_heads, of_cache)
-        inside = functools.partial(programs.inside, mesh)
         self.vocab_size = min(tokenizer.vocab_size, model.llm.vocab_size)
-        start = functools.partial(programs.start, graphdef, of_cache)
-        self._start = jax.jit(start, static_argnums=(1, 2), out_shardings=state)
-        one_row = state if rows is None else None  # a single row cannot be split
-        self._repeat = jax.jit(programs.repeat, static_argnums=1, out_shardings=one_row)
-        self._lengthen = jax.jit(programs.lengthen, static_argnums=1, out_shardings=state)
-        self._insert = jax.jit(programs.insert, donate_argnums=0, out_shardings=state)
-        self._extract = jax.jit(programs.extract, out_shardings=one_row)
-        self._prefill = jax.jit(
-            inside(functools.partial(programs.prefill, graphdef, self.vocab_size)),
-            donate_argnums=1,
-            out_shardings=state,
-        )
-        self._encode = jax.jit(
-            inside(functools.partial(programs.encode, graphdef)),
-            out_shardings=whole if rows is None else rows,
-        )
-        self._score = jax.jit(
-            inside(functools.partial(programs.score, graphdef, self.vocab_size)), out_shardings=whole
-        )
-        self._decode = jax.jit(
-            inside(functools.partial(programs.decode, graphdef, self.vocab_size)),
-            donate_argnums=1,
-            static_argnames="size",
-            out_shardings=(state, whole),
+        self._programs = programs.build_programs(
+            model,
+            self.vocab_size,
+            head_columns(self._params),
+            kv_cache.dtype_of(model.dtype if cache_dtype is None else cache_dtype),
+            rows,
+            mesh,
         )
 
     def set_params(self, params: Mapping[str, Any]) -> None:
@@ -226,7 +234,7 @@ class Generator:
         count = len(inputs) * self.tokens_per_image
         slots = _ImageSlots(self.processor)
         slots.add(Chunk(np.zeros(count, np.int32), np.arange(count, dtype=np.int32), tuple(inputs), tiles))
-        visual = self._encode(self._params, *_image_arrays([slots]))
+        visual = self._programs.encode(self._params, *_image_arrays([slots]))
         return np.asarray(visual[0, :count].mean(axis=0), np.float32)
 
     def start(self, rows: int, prefix: Chunk | None = None, *, size: int | None = None) -> Session:
@@ -309,7 +317,7 @@ class Session:
         self.rows = rows
         self.lengths = np.zeros(rows, np.int64)
         self._generator = generator
-        self._batch = min(_round_up(rows, 1), generator.batch_size)
+        self._batch = min(round_up(rows, 1), generator.batch_size)
         self._fixed = size is not None
         self._size = 0
         self._state: programs.State | None = None
@@ -320,9 +328,9 @@ class Session:
         """Copies the only row of `prefix` to all rows."""
         generator = self._generator
         self.lengths = np.repeat(prefix.lengths, self.rows)
-        state = generator._repeat(prefix._state, self._batch)
+        state = generator._programs.repeat(prefix._state, self._batch)
         if self._size > prefix._size:
-            state = generator._lengthen(state, self._size)
+            state = generator._programs.lengthen(state, self._size)
         self._state, self._size = state, max(self._size, prefix._size)
 
     def append(self, chunks: Sequence[Chunk | None]) -> None:
@@ -350,14 +358,14 @@ class Session:
         self, sizes: np.ndarray, tokens: np.ndarray, index: np.ndarray, images: tuple[Any, ...]
     ) -> Iterator[None]:
         generator, first = self._generator, 0
-        visual = generator._encode(generator._params, *images) if images else None
+        visual = generator._programs.encode(generator._params, *images) if images else None
         for width in part_widths(int(sizes.max())):
             if first:
                 yield
             part = slice(first, first + width)
             new = np.clip(sizes - first, 0, width)
             shown = (index[:, part] >= 0).any()
-            self._state = generator._prefill(
+            self._state = generator._programs.prefill(
                 generator._params,
                 self._state,
                 self._padded(self.lengths),
@@ -392,7 +400,7 @@ class Session:
         self._grow(int((self.lengths + sizes).max()))
         tokens, *_ = self._chunk_arrays(chunks, sizes)
         log_probs = jax.device_get(
-            generator._score(
+            generator._programs.score(
                 generator._params, self._state, self._padded(self.lengths), generator._put(tokens)
             )
         )
@@ -434,7 +442,7 @@ class Session:
         self._grow(min(int((self.lengths + limits)[mask].max()), generator.max_length))
         each = [sampling] * self.rows if isinstance(sampling, Sampling) else list(sampling)
         each += [GREEDY] * (self._batch - self.rows)
-        self._state, out = generator._decode(
+        self._state, out = generator._programs.decode(
             generator._params,
             self._state,
             self._padded(self.lengths),
@@ -445,7 +453,7 @@ class Session:
             self._padded(stops),
             np.int32(min(self._size, generator.max_length)),
             np.int32(self._batch if until is None else until),
-            size=_round_up(int(limits.max()), _MIN_NEW),
+            size=round_up(int(limits.max()), MIN_NEW),
         )
         out = jax.device_get(out)
         self.lengths = self.lengths + out.counts[: self.rows]
@@ -457,9 +465,9 @@ class Session:
             rows = [list(one) for one in given if isinstance(one, Sequence)]
         else:
             rows = [list(given)] * self.rows
-        if len(rows) != self.rows or max(map(len, rows)) > _STOP_SLOTS:
-            raise ValueError(f"stop ids {given}: at most {_STOP_SLOTS}, for all rows or for each")
-        return np.asarray([row + [-1] * (_STOP_SLOTS - len(row)) for row in rows], np.int32)
+        if len(rows) != self.rows or max(map(len, rows)) > MAX_STOP_IDS:
+            raise ValueError(f"stop ids {given}: at most {MAX_STOP_IDS}, for all rows or for each")
+        return np.asarray([row + [-1] * (MAX_STOP_IDS - len(row)) for row in rows], np.int32)
 
     def _decoded(self, row: int, out: programs.Generated) -> Decoded:
         count = out.counts[row]
@@ -469,7 +477,7 @@ class Session:
 
     def _first_not_finite(self, row: int) -> str:
         """Names the first activation that is not finite, from the keys and values in the cache."""
-        cache = self._generator._extract(self._state, row).cache
+        cache = self._generator._programs.extract(self._state, row).cache
         by_layer = np.asarray(kv_cache.not_finite(cache))[:, 0, : self.lengths[row]]
         if not by_layer.any():
             return "the logits are not finite, unlike all keys and values; check the last layer and the head"
@@ -484,7 +492,7 @@ class Session:
         """Replaces a row with the only row of another session, whose cache must not be longer."""
         if source.rows != 1 or source._size > self._size:
             raise ValueError(f"{source.rows} rows of {source._size} positions into {self._size}")
-        self._state = self._generator._insert(self._state, source._state, np.int32(row))
+        self._state = self._generator._programs.insert(self._state, source._state, np.int32(row))
         self.lengths[row] = source.lengths[0]
 
     def extract(self, row: int, size: int | None = None) -> Session:
@@ -493,11 +501,11 @@ class Session:
         single._state, single._size, single._fixed = self._copy(row), self._size, size is not None
         single.lengths = self.lengths[row : row + 1].copy()
         if size is not None and size > self._size:
-            single._state, single._size = self._generator._lengthen(single._state, size), size
+            single._state, single._size = self._generator._programs.lengthen(single._state, size), size
         return single
 
     def _copy(self, row: int) -> programs.State:
-        return self._generator._extract(self._state, np.int32(row))
+        return self._generator._programs.extract(self._state, np.int32(row))
 
     def rewind(self, row: int, length: int) -> None:
         """Forgets the positions of a row from `length` on; the row needs a chunk before it can generate."""
@@ -556,28 +564,29 @@ class Session:
         if self._state is None:
             self._allocate(size)
         elif size > self._size:
-            self._state, self._size = self._generator._lengthen(self._state, size), size
+            self._state, self._size = self._generator._programs.lengthen(self._state, size), size
 
     def _allocate(self, size: int) -> None:
-        self._state, self._size = self._generator._start(self._generator._params, self._batch, size), size
+        generator = self._generator
+        self._state, self._size = generator._programs.start(generator._params, self._batch, size), size
 
 
 def cache_size(needed: int, max_length: int) -> int:
     """Positions of the cache of a dialogue that needs `needed`, one of a few sizes."""
-    return min(_round_up(needed, _MIN_CACHE), max(max_length, _MIN_CACHE))
+    return min(round_up(needed, _MIN_CACHE), max(max_length, _MIN_CACHE))
 
 
 def part_widths(positions: int) -> list[int]:
     """Widths of the parts in which a chunk is read, the last one padded to one of a few sizes."""
     whole, rest = divmod(positions, PART)
-    return [PART] * whole + ([_round_up(rest, _MIN_CHUNK)] if rest else [])
+    return [PART] * whole + ([round_up(rest, _MIN_CHUNK)] if rest else [])
 
 
 def _exhaust(parts: Iterator[None]) -> None:
     collections.deque(parts, maxlen=0)
 
 
-def _round_up(value: int, least: int) -> int:
+def round_up(value: int, least: int) -> int:
     """The smallest 2^k or 3 * 2^k that is at least `value` and `least`."""
     wanted = max(value, least)
     power = 1 << (wanted - 1).bit_length()
@@ -625,7 +634,7 @@ class _ImageSlots:
 def _image_arrays(parts: Sequence[_ImageSlots]) -> tuple[np.ndarray | None, ...]:
     """Images [G, M, S, S, 3], image_valid [G, M], image_tiles [G, M, 5] or None; at least one image."""
     counts = [len(part.images) for part in parts]
-    slots, side = (len(parts), _round_up(max(counts), 1)), parts[0].side
+    slots, side = (len(parts), round_up(max(counts), 1)), parts[0].side
     images = np.zeros((*slots, side, side, 3), np.uint8)
     tiles = np.tile(np.asarray((0, *NO_GRID), np.int32), (*slots, 1))
     for group, part in enumerate(parts):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,7 @@ from vilam3_jax.data import dicom, file_kinds
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.examples import IMAGE_MARKER
 from vilam3_jax.data.experts.store import Annotation
+from vilam3_jax.data.experts.verify.evidence import values_of
 from vilam3_jax.data.images import encode_png, load_image, resize
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing, Window
@@ -27,6 +29,7 @@ from vilam3_jax.data.volumes import AXES, Volume, VolumeSource
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.paths import PathLike, as_path, exists
 
+_ROLE = re.compile(r"[A-Za-z0-9_-]{0,16}")
 ImageLike = PathLike | bytes | Image.Image | np.ndarray | Volume
 
 
@@ -61,6 +64,10 @@ class Scan:
     planes: int = 0
     description: str = ""
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _ROLE.fullmatch(self.role):  # it is part of the prompt
+            raise UserError(f"image role {self.role!r}: must be a sequence such as t1c, t1, t2 or flair")
 
     @property
     def images(self) -> tuple[np.ndarray, ...]:
@@ -257,5 +264,13 @@ def _slices(
         slices=tuple((n, preprocessing.slice_image(volume, along, n, window, size)) for n in numbers),
         planes=count,
         description=f"{axis} {shown} of 0 to {count - 1}, {preprocessing.describe(volume, window)}",
-        notes=(*volume.notes, *preprocessing.notes(volume.modality, volume, window)),
+        notes=(*volume.notes, *preprocessing.notes(volume.modality, volume, window), *_doubts(volume)),
     )
+
+
+def _doubts(volume: Volume) -> list[str]:
+    if volume.modality != "CT" or values_of(volume) != "not hounsfield":
+        return []
+    return [
+        "The volume is declared as CT, but its values do not look like Hounsfield units; check the modality."
+    ]

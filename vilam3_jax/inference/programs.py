@@ -1,7 +1,11 @@
-"""The programs of generation: pure functions over the state of a session, compiled by `generate`."""
+"""The programs of generation: pure functions over the state of a session, and their compilation.
+
+`generate` runs them; `plan` compiles them for slices that this host does not have.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,34 +16,115 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vilam3_jax.inference.sampling import RowSampling, choose
 from vilam3_jax.models import build, kv_cache
+from vilam3_jax.models.model_config import ModelConfig
+from vilam3_jax.runtime import chips
 from vilam3_jax.sharding import logical_axes
+from vilam3_jax.sharding.logical_axes import shard
 from vilam3_jax.sharding.weights import as_weight
 
 
-def shardings(
-    rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int, cache_dtype: Any
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted programs of a model; made by `build_programs`.
+
+    Attributes:
+      repeat, lengthen, insert, extract: the functions of this module.
+      start, encode, prefill, score, decode: the same, without their leading, fixed arguments.
+    """
+
+    start: Any
+    repeat: Any
+    lengthen: Any
+    insert: Any
+    extract: Any
+    prefill: Any
+    score: Any
+    decode: Any
+    encode: Any
+
+
+def build_programs(
+    model: ModelConfig,
+    vocab_size: int,
+    columns: int,
+    cache_dtype: Any,
+    rows: NamedSharding | None,
+    mesh: Mesh | None,
+) -> Programs:
+    """Jits the programs; nothing is traced or compiled before the first call.
+
+    Args:
+      model: section `model` of a config.
+      vocab_size: V, tokens that can be generated.
+      columns: V' of the head, at least V.
+      cache_dtype: type of a cache, see `kv_cache`.
+      rows: sharding of the rows of a session, see `Generator`.
+      mesh: mesh of the parameters if rows are not split over it.
+    """
+    graphdef, _ = build.abstract_model(model, "generative")
+    state, whole = _shardings(rows, mesh, model.llm.num_kv_heads, columns, cache_dtype)
+    one_row = state if rows is None else None  # a single row cannot be split
+
+    def of_model(function: Callable[..., Any], *fixed: Any, **options: Any) -> Any:
+        traced = _inside(model, mesh, functools.partial(function, graphdef, *fixed))
+        return jax.jit(traced, compiler_options=compiler_options(mesh), **options)
+
+    return Programs(
+        start=jax.jit(
+            functools.partial(start, graphdef, cache_dtype), static_argnums=(1, 2), out_shardings=state
+        ),
+        repeat=jax.jit(repeat, static_argnums=1, out_shardings=one_row),
+        lengthen=jax.jit(lengthen, static_argnums=1, out_shardings=state),
+        insert=jax.jit(insert, donate_argnums=0, out_shardings=state),
+        extract=jax.jit(extract, out_shardings=one_row),
+        prefill=of_model(prefill, vocab_size, donate_argnums=1, out_shardings=state),
+        score=of_model(score, vocab_size, out_shardings=whole),
+        decode=of_model(
+            decode, vocab_size, donate_argnums=1, static_argnames="size", out_shardings=(state, whole)
+        ),
+        encode=of_model(encode, out_shardings=whole if rows is None else rows),
+    )
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
+    """XLA options of the programs on the devices of a mesh, by default on JAX's default devices."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    chip = chips.of_kind(device.device_kind)
+    if chip is None or not chip.generation_vmem_kib:
+        return {}
+    return {"xla_tpu_scoped_vmem_limit_kib": chip.generation_vmem_kib}
+
+
+def _shardings(
+    rows: NamedSharding | None, mesh: Mesh | None, kv_heads: int, columns: int, cache_dtype: Any
 ) -> tuple[Any, Any]:
     """Shardings of the state of a session, and of outputs that every process reads."""
     mesh = rows.mesh if rows is not None else mesh  # type: ignore[assignment]
     if mesh is None:
         return None, None
     of_rows = PartitionSpec() if rows is None else rows.spec
-    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
     batch = of_rows[0] if len(of_rows) else None
+    heads, vocab = (None if size % mesh.shape["tensor"] else "tensor" for size in (kv_heads, columns))
     specs = kv_cache.partition_specs(cache_dtype, batch, heads)
     cache = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    each = NamedSharding(mesh, of_rows)
+    each = NamedSharding(mesh, PartitionSpec(batch, vocab))
     return State(cache, each, each), NamedSharding(mesh, PartitionSpec())
 
 
-def inside(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+def _inside(model: ModelConfig, mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
     """Traces a function with activations split over `tensor`; without a mesh, in the caller's context."""
     if mesh is None:
         return function
+    rules: dict[str, Any] = {**logical_axes.ACTIVATION_RULES, "length": None}
+    # Heads that do not divide, such as InternViT's 25: devices share the queries instead.
+    if model.llm.num_heads % mesh.shape["tensor"]:
+        rules |= dict(heads="", kv_heads="", queries="tensor")
+    if model.vision_tower.num_heads % mesh.shape["tensor"]:
+        rules |= dict(tower_heads="", tower_queries="tensor")
 
     @functools.wraps(function)
     def run(*args: Any, **options: Any) -> Any:
-        with logical_axes.activation_rules(mesh, {**logical_axes.ACTIVATION_RULES, "length": None}):
+        with logical_axes.activation_rules(mesh, rules):
             return function(*args, **options)
 
     return run
@@ -108,8 +193,10 @@ def extract(state: State, row: jax.Array) -> State:
 
 
 def next_logits(model: Any, hidden: jax.Array, vocab_size: int) -> jax.Array:
-    """Float32 [..., V] of hidden [..., D]; -inf for ids outside the tokenizer's vocabulary."""
+    """Float32 [..., V'] of hidden [..., D]; -inf for ids outside the tokenizer's vocabulary."""
     logits = model.llm.logits(hidden)
+    if logits.shape[-1] % logical_axes.axis_size("vocab") == 0:  # every device keeps its own columns
+        logits = shard(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 

@@ -25,6 +25,7 @@ from vilam3_jax.ops.quantized import QuantizedKernel, scaled_einsum
 from vilam3_jax.runtime import compat
 from vilam3_jax.runtime.settings import Section, setting
 from vilam3_jax.sharding.logical_axes import shard
+from vilam3_jax.sharding.matmul import at_least_sublanes
 from vilam3_jax.sharding.weights import as_weight
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -292,11 +293,16 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> float32 [..., V]; for generation, which needs few positions."""
-        kernel = as_weight(self.head_kernel()).value.astype(hidden.dtype)
-        if isinstance(kernel, QuantizedKernel):
-            lead = "ab"[: hidden.ndim - 1]
-            return scaled_einsum(f"{lead}i,io->{lead}o", hidden, kernel, jnp.float32)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        if self.lm_head is None:
+            stored, axes = self.embed.embedding.get_value(), "oi"
+        else:
+            stored, axes = self.lm_head.kernel.get_value(), "io"
+        kernel, lead = as_weight(stored).value.astype(hidden.dtype), hidden.shape[:-1]
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        einsum = scaled_einsum if isinstance(kernel, QuantizedKernel) else jnp.einsum
+        rows = at_least_sublanes(flat)
+        logits = einsum(f"ai,{axes}->ao", rows, kernel, preferred_element_type=jnp.float32)
+        return logits[: len(flat)].reshape(*lead, -1)
 
     def __call__(self, embeds: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """Packed rows without a cache: [B, L, D] -> [B, L, D] after the final norm.

@@ -1,8 +1,8 @@
 """The cache of keys and values: plain arrays, or int8 with one scale for every position and head.
 
-A cache is a dict of arrays. `k` and `v` are [layers, batch, size, kv heads, head dim]. An int8 cache has
-`k_scale` and `v_scale` beside them, float32 [layers, batch, kv heads, size]: the order of axes in which
-attention reads them, which also wastes no lanes on a TPU.
+A cache is a dict of arrays. `k` and `v` are [layers, batch, kv heads, size, head dim]. An int8 cache has
+`k_scale` and `v_scale` beside them, float32 [layers, batch, kv heads, size]. This is the order of axes in
+which attention reads them: in another one, a TPU copies the cache of a layer for every token.
 """
 
 from __future__ import annotations
@@ -33,43 +33,45 @@ def dtype_of(name: str) -> Any:
 
 def empty(layers: int, batch: int, size: int, kv_heads: int, head_dim: int, dtype: Any) -> Cache:
     """A cache of zeros."""
-    shape = (layers, batch, size, kv_heads, head_dim)
+    shape = (layers, batch, kv_heads, size, head_dim)
     cache = {name: jnp.zeros(shape, dtype) for name in ("k", "v")}
     if dtype == jnp.int8:
-        scales = (layers, batch, kv_heads, size)
-        cache |= {f"{name}_scale": jnp.zeros(scales, jnp.float32) for name in ("k", "v")}
+        cache |= {f"{name}_scale": jnp.zeros(shape[:-1], jnp.float32) for name in ("k", "v")}
     return cache
 
 
 def partition_specs(dtype: Any, batch: Any, heads: Any) -> dict[str, PartitionSpec]:
     """The PartitionSpec of each array, from the mesh axes of rows and heads."""
-    specs = {name: PartitionSpec(None, batch, None, heads) for name in ("k", "v")}
-    if dtype == jnp.int8:
-        specs |= {f"{name}_scale": PartitionSpec(None, batch, heads) for name in ("k", "v")}
-    return specs
+    names = ("k", "v", "k_scale", "v_scale") if dtype == jnp.int8 else ("k", "v")
+    return dict.fromkeys(names, PartitionSpec(None, batch, heads))
 
 
 def lengthen(cache: Cache, size: int) -> Cache:
     """Pads a cache to `size` positions."""
 
-    def pad(name: str, x: jax.Array) -> jax.Array:
-        axis = _position_axis(name)
-        return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, size - x.shape[3] if axis == 3 else 0) for axis in range(x.ndim)])
 
-    return {name: pad(name, x) for name, x in cache.items()}
+    return jax.tree.map(pad, cache)
 
 
 def write(cache: Cache, layer: jax.Array, slots: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
     """Writes keys and values of one layer, [B, Q, K, hd] each, to slots [B, Q]; those beyond are dropped."""
-    rows = jnp.arange(slots.shape[0])[:, None]
+    # An index for every head, too: else a TPU would order the axes as [..., size, K, hd].
+    rows, heads = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None]
     written = dict(cache)
-    # 'drop': padding may lie beyond the cache, and clamping would overwrite real slots.
+
+    def put(name: str, x: jax.Array) -> None:
+        # 'drop': padding may lie beyond the cache, and clamping would overwrite real slots.
+        at = cache[name].at[layer, rows, heads, slots[:, None]]
+        written[name] = at.set(x.astype(cache[name].dtype), mode="drop")
+
     for name, x in (("k", k), ("v", v)):
+        x = x.swapaxes(1, 2)
         if cache[name].dtype == jnp.int8:
             x, scale = quantized.quantize_vectors(x)
-            scales = cache[f"{name}_scale"]
-            written[f"{name}_scale"] = scales.at[layer, rows, :, slots].set(scale, mode="drop")
-        written[name] = cache[name].at[layer, rows, slots].set(x.astype(cache[name].dtype), mode="drop")
+            put(f"{name}_scale", scale)
+        put(name, x)
     return written
 
 
@@ -81,10 +83,9 @@ def read(cache: Cache, layer: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Arr
 
     def values(name: str) -> jax.Array:
         x = of_layer(name)
-        if x.dtype != jnp.int8:
-            return x.astype(dtype)
-        scale = of_layer(f"{name}_scale").mT[..., None]
-        return (x.astype(jnp.float32) * scale).astype(dtype)
+        if x.dtype == jnp.int8:
+            x = x.astype(jnp.float32) * of_layer(f"{name}_scale")[..., None]
+        return x.astype(dtype).swapaxes(1, 2)
 
     return values("k"), values("v")
 
@@ -95,11 +96,7 @@ def not_finite(cache: Cache) -> jax.Array:
     The scale of an int8 vector with such a number is not finite, either.
     """
     found = []
-    for name, x in cache.items():
-        others = tuple(axis for axis in range(2, x.ndim) if axis != _position_axis(name))
+    for x in cache.values():
+        others = tuple(axis for axis in range(2, x.ndim) if axis != 3)
         found.append(~jnp.isfinite(x.astype(jnp.float32)).all(axis=others))
     return jnp.stack(found).any(axis=0)
-
-
-def _position_axis(name: str) -> int:
-    return 3 if name.endswith("_scale") else 2

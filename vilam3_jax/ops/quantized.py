@@ -24,10 +24,12 @@ from jax.custom_derivatives import SymbolicZero
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime.settings import Section, setting
-from vilam3_jax.sharding import matmul
+from vilam3_jax.sharding import logical_axes, matmul
 
 MATMULS = ("int8", "fp8")
 KERNELS = ("int8", "nf4")
+_BLOCK = 1 << 19  # numbers of an int8 kernel that a CPU converts at a time
+_MAX_CONVERTED = 1 << 22  # numbers of the largest kernel that a CPU converts at once
 NF4_TILE = 64  # rows of a kernel that share a scale, as in QLoRA
 # Name → types of the factors and of an incoming gradient.
 _TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
@@ -287,8 +289,32 @@ def scaled_einsum(
     """
     _, second, result = _terms(spec)
     columns = [size for letter, size in zip(second, kernel.shape, strict=True) if letter in result]
-    sums = matmul.einsum(spec, x, kernel.qvalue.reshape(kernel.shape).astype(x.dtype), jnp.float32)
+    on_one_cpu = logical_axes.platform() == "cpu" and logical_axes.current() is None
+    if on_one_cpu and kernel.qvalue.size > _MAX_CONVERTED:
+        lead = x.shape[: len(result) - len(columns)]
+        axis = 0 if second[0] in result else 1  # of columns
+        sums = _in_blocks(x.reshape(math.prod(lead), -1), kernel.qvalue, axis).reshape(*lead, *columns)
+    else:
+        sums = matmul.einsum(spec, x, kernel.qvalue.reshape(kernel.shape).astype(x.dtype), jnp.float32)
     return (sums * kernel.scale.reshape(columns)).astype(preferred_element_type or x.dtype)
+
+
+def _in_blocks(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
+    """Float32 product of x [n, in] and an int8 kernel, which is converted one block of columns at a time.
+
+    On CPUs, products read converted kernels from memory: a block stays in the cache. `axis` is that of the
+    columns of the kernel.
+    """
+    width = max(1, _BLOCK // kernel.shape[1 - axis])
+    count, rest = divmod(kernel.shape[axis], width)
+
+    def block(first: jax.Array | int, size: int) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(kernel, first, size, axis).astype(x.dtype)
+        return matmul.einsum("ai,oi->ao" if axis == 0 else "ai,io->ao", x, part, jnp.float32)
+
+    blocks = jax.lax.map(lambda number: block(number * width, width), jnp.arange(count))
+    whole = blocks.swapaxes(0, 1).reshape(x.shape[0], count * width)
+    return jnp.concatenate([whole, block(count * width, rest)], axis=1)
 
 
 def _nf4_values(codes: jax.Array) -> jax.Array:

@@ -11,15 +11,34 @@ import os
 import re
 import tempfile
 import zlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.plan.topology import Topology
 from vilam3_jax.runtime import paths
-from vilam3_jax.training import program as program_lib
-from vilam3_jax.training.chips import GIB
+from vilam3_jax.runtime.chips import GIB
+
+
+class Lowerable(Protocol):
+    """A program that can be compiled for a slice."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """Its devices."""
+        ...
+
+    @property
+    def compiler_options(self) -> Mapping[str, Any]:
+        """XLA options that it is compiled with."""
+        ...
+
+    def lower(self) -> Any:
+        """Traces it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +59,7 @@ class Compiled:
 
 
 def compile_lowered(lowered: Any) -> Compiled:
-    """Compiles the result of `Program.lower`.
+    """Compiles the result of `Lowerable.lower`.
 
     Raises:
       UserError: the compiler fails for another reason than memory.
@@ -101,8 +120,8 @@ class Cache:
             raise UserError(f"--cache {folder}: cannot be made: {error.strerror}") from error
         self.compiled = 0
 
-    def compile(self, program: program_lib.Program, topology: Topology) -> Compiled:
-        """The compiled step of `program`, whose mesh is of `topology`; replaces a damaged file."""
+    def compile(self, program: Lowerable, topology: Topology) -> Compiled:
+        """`program`, whose mesh is of `topology`, compiled; replaces a damaged file."""
         lowered = program.lower()
         path = self._folder / f"{_key(program, topology, lowered.as_text())}.json.gz"
         try:
@@ -114,12 +133,12 @@ class Cache:
         return made
 
 
-def _key(program: program_lib.Program, topology: Topology, stablehlo: str) -> str:
+def _key(program: Lowerable, topology: Topology, stablehlo: str) -> str:
     key = [
         hashlib.sha256(stablehlo.encode()).hexdigest(),
         topology.name,
         [int(device.id) for device in program.mesh.devices.flat],
-        sorted(program_lib.compiler_options(program.config.compiler_options, program.mesh).items()),
+        sorted(program.compiler_options.items()),
         [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
         [jax.__version__, _version("jaxlib"), _version("libtpu")],
         "memory as assigned, callers' buffers once",  # earlier entries count memory differently

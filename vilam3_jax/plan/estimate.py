@@ -14,11 +14,11 @@ import numpy as np
 from vilam3_jax.plan import hlo
 from vilam3_jax.plan.compiler import Cache
 from vilam3_jax.plan.topology import Topology
+from vilam3_jax.runtime.chips import Chip
 from vilam3_jax.runtime.settings import flatten
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.training import flops as flops_lib
 from vilam3_jax.training import program as program_lib
-from vilam3_jax.training.chips import Chip
 from vilam3_jax.training.run_config import RunConfig
 
 
@@ -166,7 +166,7 @@ def make_plan(
     length = config.data.seq_len // int(mesh.shape["context"])
     trips = -(-length // min(config.loss_chunk, length))
     cost = hlo.read(compiled.text, dynamic_trips=trips)
-    return _with_speed(plan, program, topology, _speed(cost, topology, list(mesh.devices.flat)), price)
+    return _with_speed(plan, program, topology, speed(cost, topology, list(mesh.devices.flat)), price)
 
 
 def _with_speed(
@@ -198,7 +198,8 @@ def _with_speed(
     )
 
 
-def _speed(cost: hlo.Cost, topology: Topology, devices: Sequence[Any]) -> Speed:
+def speed(cost: hlo.Cost, topology: Topology, devices: Sequence[Any]) -> Speed:
+    """Seconds of a program on one device; `devices` are those of the mesh, in its order."""
     chip = topology.chip
     kernels, unknown = _kernel_seconds(cost, chip)
     seconds: dict[str, float] = {}
@@ -299,10 +300,11 @@ def _resident(program: program_lib.Program, chip: Chip) -> tuple[float, float, f
     """Bytes per chip of parameters, optimizer state (and average) and batch, by their shardings."""
     state = program.state
     parts = ((state.trainable, state.frozen), (state.opt_state, state.ema), program.batch)
-    return tuple(chip.devices * _shard_bytes(part) for part in parts)  # pyright: ignore[reportReturnType]
+    return tuple(chip.devices * shard_bytes(part) for part in parts)  # pyright: ignore[reportReturnType]
 
 
-def _shard_bytes(tree: Any) -> float:
+def shard_bytes(tree: Any) -> float:
+    """Bytes per device of arrays or ShapeDtypeStructs, by their shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 

@@ -163,25 +163,27 @@ def wire_bytes(kind: str, payload: float, devices: int) -> float:
     return payload * share * (2 if kind == "all-reduce" else 1)
 
 
-def read(text: str, dynamic_trips: int = 1) -> Cost:
+def read(text: str, dynamic_trips: int = 1, costliest_branch: bool = True) -> Cost:
     """The cost of a module.
 
     Args:
       text: `compiled.as_text()`.
       dynamic_trips: trips of loops whose bound depends on data.
+      costliest_branch: whether conditionals take the branch with the most cycles, or that with the fewest.
     """
-    reader = _Reader(text, dynamic_trips)
+    reader = _Reader(text, dynamic_trips, costliest_branch)
     return reader.cost(reader.entry)
 
 
 class _Reader:
-    def __init__(self, text: str, dynamic_trips: int) -> None:
+    def __init__(self, text: str, dynamic_trips: int, costliest_branch: bool) -> None:
         self._computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         for is_entry, name, lines in _blocks(text):
             self._computations[name] = {item.name: item for item in map(_instruction, lines)}
             self.entry = name if is_entry else self.entry
         self._dynamic_trips = dynamic_trips
+        self._taken = max if costliest_branch else min
         counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
         self._devices = max(map(int, counts), default=1)
         self._memo: dict[str, Cost] = {}
@@ -232,7 +234,7 @@ class _Reader:
             both = (inst.called("true_computation"), inst.called("false_computation"))
             listed = inst.find(r"branch_computations=\{([^}]*)\}") or " ".join(both)
             branches = [self.cost(name) for name in re.findall(r"[^\s,%]+", listed)]
-            cost.add(max(branches, key=lambda branch: branch.cycles, default=Cost()))
+            cost.add(self._taken(branches, key=lambda branch: branch.cycles, default=Cost()))
         elif opcode == "fusion" and called:
             self._count_fusion(cost, called, known)
         elif opcode in ("call", "async-start", *_SPARSE_CORE_CALLS) and called:

@@ -1,6 +1,7 @@
-"""`vilam3 plan`: compiles a run's step for a TPU slice and reports memory, speed and cost.
+"""`vilam3 plan`: compiles a run's step, or generation, for a TPU slice; reports memory, speed and cost.
 
 vilam3 plan --config=configs/stage4_expert.py:vila_m3_8b --topology=v5p:4x4x4
+vilam3 plan --generate --config=configs/stage4_expert.py:vila_m3_8b --topology=v6e:2x2 --slots=64
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from absl import flags
 
 from vilam3_jax import config as config_lib
 from vilam3_jax.errors import UserError
-from vilam3_jax.plan import compiler, estimate
+from vilam3_jax.plan import compiler, estimate, generation
 from vilam3_jax.plan import search as search_lib
 from vilam3_jax.plan import topology as topology_lib
 from vilam3_jax.plan.estimate import Plan
+from vilam3_jax.plan.generation import GenerationPlan, Workload
 from vilam3_jax.plan.topology import Topology
 from vilam3_jax.runtime import paths
-from vilam3_jax.training.chips import GIB
+from vilam3_jax.runtime.chips import GIB
 from vilam3_jax.training.run_config import RunConfig
 
 
@@ -36,7 +38,7 @@ def table(plan: Plan) -> str:
         f"mesh {mesh}; {plan.rows} rows a step; remat {plan.remat}",
         *([f"changed: {search_lib.as_flags(plan.changes)}"] if plan.changes else []),
         "",
-        f"memory of a chip      {_verdict(plan)}",
+        f"memory of a chip      {_verdict(memory)}",
         f"  parameters          {_gib(memory.parameters)}",
         f"  optimizer           {_gib(memory.optimizer)}",
         f"  batch               {_gib(memory.batch)}",
@@ -75,10 +77,57 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def generation_table(plan: GenerationPlan) -> str:
+    """A plan of generation as text."""
+    memory, work, token = plan.memory, plan.workload, plan.token
+    devices = f", {plan.devices} devices" if plan.devices != plan.chips else ""
+    lines = [
+        f"{plan.model} on {plan.topology} ({plan.product}): {plan.chips} chips{devices}, bfloat16",
+        f"{work.slots} slots of {plan.positions:,} positions; prompts of {work.prompt:,} tokens with "
+        f"{work.images} image(s), answers of {work.answer:,}",
+        "",
+        f"memory of a chip      {_verdict(memory)}",
+        f"  weights             {_gib(memory.weights)}",
+        f"  cache               {_gib(memory.cache)}",
+        f"  to decode           {_gib(memory.decode)}",
+        f"  to read a prompt    {_gib(memory.prefill)}",
+    ]
+    if token is None:
+        return "\n".join(lines)
+    assert plan.prefill and plan.first and plan.seconds_per_token and plan.time_to_first_token
+    assert plan.tokens_per_second and plan.answers_per_hour
+    computing = token.products + token.others + token.kernels
+    moving = sum(token.collectives.values())
+    lines += [
+        "",
+        f"a token in each slot  {_milliseconds(plan.seconds_per_token)}, greedy",
+        f"  computing           {1e3 * computing:.3f} ms; at full bandwidth, {plan.read_bytes / GIB:.2f} GiB "
+        f"take {plan.bandwidth_share:.0%} of that",
+        f"  transfers           {1e3 * moving:.3f} ms at full bandwidth; the largest has "
+        f"{plan.largest_transfer / 2**20:.2f} MiB",
+        f"  if a slot samples   {1e3 * plan.sampled:.3f} ms more",
+        f"time to first token   {_milliseconds(plan.time_to_first_token)}, without a queue",
+        f"tokens/s              {_span(plan.tokens_per_second)}",
+        f"answers/h             {_span(plan.answers_per_hour)}, if all slots are in use",
+    ]
+    if plan.cost is not None:
+        lines.append(f"cost of 1,000 answers {_span(plan.cost, digits=2)}")
+    return "\n".join(lines + [f"note: {note}" for note in _estimate_notes(token)])
+
+
+def _milliseconds(pair: tuple[float, float]) -> str:
+    return f"{_span(pair, 1e-3, 3)} ms"
+
+
 def _notes(speed: Any) -> list[str]:
     notes = []
     if loops := len(speed.dynamic_loops):
         notes.append(f"{loops} loop(s) with data-dependent trips (the loss) are counted at their maximum")
+    return notes + _estimate_notes(speed)
+
+
+def _estimate_notes(speed: Any) -> list[str]:
+    notes = []
     if speed.without_estimate:
         notes.append(f"{speed.without_estimate:.0f} fusions without an estimate count as 0")
     if speed.unknown_kernels:
@@ -86,13 +135,12 @@ def _notes(speed: Any) -> list[str]:
     return notes
 
 
-def _verdict(plan: Plan) -> str:
-    memory = plan.memory
+def _verdict(memory: estimate.Memory | generation.Memory) -> str:
     needed = f"{memory.needed / GIB:.2f} of {memory.limit / GIB:.2f} GiB"
     if memory.fits:
         return f"fits: {needed}"
-    alone = "" if memory.temporary else ", without gradients and activations"
-    return f"does not fit: needs {needed}{alone}"
+    held_only = isinstance(memory, estimate.Memory) and not memory.temporary
+    return f"does not fit: needs {needed}{', without gradients and activations' if held_only else ''}"
 
 
 def _gib(size: float) -> str:
@@ -115,6 +163,12 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_boolean("search", False, "Try meshes, remat policies and rows; print the best.", values)
     flags.DEFINE_integer("compiles", 12, "Most compiles of a search, per topology.", 1, flag_values=values)
     flags.DEFINE_string("cache", "~/.cache/vilam3/plan", "Folder of compiled steps.", values)
+    flags.DEFINE_boolean("generate", False, "Plan generation with the model instead of training.", values)
+    texts = dict(slots="dialogues that are decoded together", prompt="tokens of a prompt, images included")
+    texts |= dict(answer="tokens of an answer", images="inputs of the vision tower per prompt")
+    for name, text in texts.items():
+        least = 0 if name == "images" else 1
+        flags.DEFINE_integer(name, getattr(Workload, name), f"--generate: {text}.", least, flag_values=values)
     purpose = "Compiles the training step for TPUs on this CPU: memory, speed, cost. Needs libtpu."
     if text := config_lib.usage(argv, "plan", "--topology=NAME[,NAME ...]", purpose, values):
         print(text)
@@ -129,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     price = cast("float | None", values["price"].value)
     if price is not None and not math.isfinite(price):
         raise UserError(f"--price={price}: must be a number")
-    plans: list[Plan] = []
+    plans: list[Plan] | list[GenerationPlan] = []
     for topology in wanted:
         plans += _answer(config, topology, cache, price, values)
         if values["json"].value:  # after each topology, as a search takes long
@@ -149,7 +203,14 @@ def _answer(
     cache: compiler.Cache,
     price: float | None,
     values: flags.FlagValues,
-) -> list[Plan]:
+) -> list[Plan] | list[GenerationPlan]:
+    if values["generate"].value:
+        workload = Workload(
+            **{field.name: values[field.name].value for field in dataclasses.fields(Workload)}
+        )
+        answering = generation.make_plan(config.model, topology, cache, workload, price)
+        print(generation_table(answering))
+        return [answering]
     if not values["search"].value:
         plan = estimate.make_plan(config, topology, cache, price)
         print(table(plan))

@@ -13,7 +13,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.training.chips import CHIPS, Chip
+from vilam3_jax.runtime.chips import CHIPS, Chip
 
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _TPUS = tuple(name for name, chip in CHIPS.items() if chip.torus_axes)

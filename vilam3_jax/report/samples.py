@@ -16,8 +16,7 @@ from vilam3_jax.data import images
 from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.data.experts.falsify import falsified
 from vilam3_jax.data.experts.grammar import parse_turn
-from vilam3_jax.data.experts.labels import visible_segments
-from vilam3_jax.data.experts.overlays import PALETTE, expert_overlay, legend
+from vilam3_jax.data.experts.overlays import PALETTE, expert_overlay, slice_legend
 from vilam3_jax.data.experts.store import Annotation, AnnotationStore
 from vilam3_jax.data.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vilam3_jax.data.records import ExampleSource
@@ -155,14 +154,14 @@ class Samples:
             return RowImages(self._encode(image), caption)
         is_false = row.get("falsify_seed") is not None
         overlay = expert_overlay(record, image, axis=ref.axis, index=ref.index)
-        names = {i: name for i, name, *_ in visible_segments(record, axis=ref.axis, index=ref.index)}
+        legend = slice_legend(record, axis=ref.axis, index=ref.index)
         return RowImages(
             image=self._encode(image),
             caption=caption,
             overlay=self._encode(overlay),
             overlay_caption=f"labels of {record.expert}{' (falsified)' if is_false else ''}",
             falsified=is_false,
-            legend=tuple((_CSS[colour], label) for colour, label in legend(names, list(names)).items()),
+            legend=tuple((_CSS[colour], label) for colour, label in legend.items()),
         )
 
     def _record(self, row: Mapping[str, Any], input_key: str) -> Annotation | None:

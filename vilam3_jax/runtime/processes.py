@@ -7,6 +7,7 @@ number 0, prints and writes for all.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import compat
+from vilam3_jax.runtime.process_flags import FLAGS
 
 BARRIER_SECONDS = 1800  # hosts of a pod start minutes apart
 SILENT_SECONDS = 100  # a process without a heartbeat for this long is dead
@@ -33,13 +35,8 @@ _INTERRUPTED = 130  # exit code of shells for SIGINT
 _POLL_SECONDS = 1.0
 _CAUSE_SECONDS = 5  # how long a process with a broken connection waits for another's error
 _ACKNOWLEDGED_SECONDS = 10  # how long a failed process waits for the others
-
-FLAGS = {
-    "coordinator_address": "HOST:PORT of process 0; only with several processes.",
-    "num_processes": "Number of processes of the run.",
-    "process_id": "Number of this process, from 0.",
-    "distributed": "Take the processes from the environment (TPU pods, Slurm, Open MPI).",
-}
+_PATIENCE_SECONDS = 7 * 86400  # for somebody to type a question
+_made = itertools.count()  # calls of `made_by_primary_process`
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -72,9 +69,10 @@ def group(
     Raises:
       UserError: the flags contradict each other, or the processes could not connect.
     """
-    if not _join(coordinator_address, num_processes, process_id, distributed):
+    if not several(coordinator_address, num_processes, process_id, distributed):
         yield
         return
+    _join(coordinator_address, num_processes, process_id)
     watch = _Watch(program)
     try:
         yield
@@ -84,7 +82,18 @@ def group(
     jax.distributed.shutdown()
 
 
-def _join(address: str | None, count: int | None, number: int | None, distributed: bool) -> bool:
+def several(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    distributed: bool = False,
+) -> bool:
+    """Whether flags or the environment ask for several processes.
+
+    Raises:
+      UserError: the flags contradict each other.
+    """
+    address, count, number = coordinator_address, num_processes, process_id
     given = [value is not None for value in (address, count, number)]
     if any(given) and not all(given):
         raise UserError(
@@ -93,8 +102,10 @@ def _join(address: str | None, count: int | None, number: int | None, distribute
         )
     if count is not None and number is not None and not 0 <= number < count:
         raise UserError(f"--process_id={number}: must be 0 to {count - 1}, below --num_processes")
-    if count == 1 or not (any(given) or distributed or _launched(os.environ)):
-        return False
+    return count != 1 and (any(given) or distributed or _launched(os.environ))
+
+
+def _join(address: str | None, count: int | None, number: int | None) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # ignored by other devices
     timeouts: dict[str, Any] = dict(
         initialization_timeout=BARRIER_SECONDS, heartbeat_timeout_seconds=SILENT_SECONDS
@@ -106,7 +117,6 @@ def _join(address: str | None, count: int | None, number: int | None, distribute
             f"the processes could not connect ({' '.join(str(error).split())[:300]}); "
             "check --coordinator_address, and that every process was started"
         ) from error
-    return True
 
 
 def _launched(environment: Mapping[str, str]) -> bool:
@@ -206,7 +216,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def host_barrier(name: str) -> None:
+def host_barrier(name: str, seconds: int = BARRIER_SECONDS) -> None:
     """Waits for the other processes without a device program; use each `name` once.
 
     On CPUs (gloo) the first program over several processes fails if one process starts it 30 seconds before
@@ -216,7 +226,7 @@ def host_barrier(name: str) -> None:
         client = compat.coordination_client()
         client.key_value_set(f"vilam3/{name}/{jax.process_index()}", "")
         for number in range(jax.process_count()):
-            client.blocking_key_value_get(f"vilam3/{name}/{number}", 1000 * BARRIER_SECONDS)
+            client.blocking_key_value_get(f"vilam3/{name}/{number}", 1000 * seconds)
 
 
 def gather(value: Any) -> list[Any]:
@@ -234,6 +244,24 @@ def gather(value: Any) -> list[Any]:
 def from_primary_process(value: Any) -> Any:
     """The JSON value of the primary process."""
     return gather(value if is_primary_process() else None)[0]
+
+
+def made_by_primary_process(make: Callable[[], Any]) -> Any:
+    """The JSON value that the primary process makes, however long that takes; so is its `UserError`.
+
+    All processes must call it; the others wait without a device program.
+    """
+    made = None
+    if is_primary_process():
+        try:
+            made = {"value": make()}
+        except UserError as error:
+            made = {"error": str(error)}
+    host_barrier(f"made {next(_made)}", _PATIENCE_SECONDS)
+    made = from_primary_process(made)
+    if "error" in made:
+        raise UserError(made["error"])
+    return made["value"]
 
 
 class Preemption:

@@ -25,6 +25,7 @@ from vilam3_jax.inference import batching
 from vilam3_jax.inference.agent import Event, Transcript
 from vilam3_jax.inference.assistant import Assistant, Reply
 from vilam3_jax.inference.generate import Decoded
+from vilam3_jax.inference.stop_texts import certain, until_stop
 from vilam3_jax.serving.engine import LATE, ClosedError, DeadlineError, Engine
 from vilam3_jax.serving.inputs import Ask, Dialogue
 
@@ -51,7 +52,7 @@ class Step:
       kind: 'text' (more of the answer), 'draft' (text that may become an expert call or the answer), 'call'
         (an expert starts) or 'result' (it is done).
       text: the new text.
-      record: the call, see `_call_record`.
+      record: the call, see `call_record`.
     """
 
     kind: Literal["text", "draft", "call", "result"]
@@ -67,7 +68,7 @@ class Answer:
       text: without the stop text that ended it.
       reply: with the whole dialogue.
       usage: of all turns.
-      experts: the calls with their results, see `_call_record`.
+      experts: the calls with their results, see `call_record`.
       notes: for the reader, see `Reply`.
       tokens: (text, log-probability) of the last turn of the model; None if they were not asked for.
       image, overlay: data URLs of the image as shown to the model and of an expert's overlay, if asked for.
@@ -156,9 +157,7 @@ class AnswerText:
     def add(self, piece: str) -> str:
         """What can be sent after another piece: no blanks at the end, no possible start of a stop text."""
         self._text = (self._text + piece).lstrip()
-        ready = until_stop(self._text, self._stops)
-        held = max((_overlap(ready, stop) for stop in self._stops), default=0)
-        ready = ready[: len(ready) - held].rstrip()
+        ready = certain(self._text, self._stops).rstrip()
         new = ready[self._sent :]
         self._sent = max(self._sent, len(ready))
         return new
@@ -166,17 +165,6 @@ class AnswerText:
     def rest(self, answer: str) -> str:
         """What remains to be sent of the whole answer."""
         return answer[self._sent :]
-
-
-def until_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop text."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 async def answer(
@@ -291,10 +279,10 @@ class _Calls:
         return f"{self._prefix}_{self._count}"
 
     def running(self, call: str) -> dict[str, Any]:
-        return _call_record(parse_turn(call).calls[0], self._id, None, self._clean)
+        return call_record(parse_turn(call).calls[0], self._id, None, self._clean)
 
     def done(self, annotation: Annotation) -> dict[str, Any]:
-        record = _call_record(Call(annotation.expert, annotation.args), self._id, annotation, self._clean)
+        record = call_record(Call(annotation.expert, annotation.args), self._id, annotation, self._clean)
         self._count += 1
         if mask := self._mask(annotation):
             record["result"]["mask"] = mask
@@ -341,7 +329,7 @@ def _finite(value: float, otherwise: Any = None) -> Any:
     return value if math.isfinite(value) else otherwise
 
 
-def _call_record(
+def call_record(
     call: Call, call_id: str, annotation: Annotation | None, clean: Callable[[str], str]
 ) -> dict[str, Any]:
     """An expert call in the form of OpenAI's tool calls, with its result; None: it is running."""

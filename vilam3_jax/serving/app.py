@@ -215,8 +215,8 @@ class Api:
         self, request: Request, check: Callable[[], Ask], writer: Writer, *, stream: bool, done: bool = False
     ) -> Response:
         """Answers at once, or as a stream of events that may end with `[DONE]`."""
-        owner = request.scope["vilam3.owner"]
-        happening = self._service.answer(check, owner, writer.id, stream=stream)
+        owner, request_id = request.scope["vilam3.owner"], request.scope["vilam3.request_id"]
+        happening = self._service.answer(check, owner, writer.id, stream=stream, request=request_id)
         if not stream:
             answer = await http.while_connected(request, _last(happening))
             return JSONResponse(writer.whole(answer))

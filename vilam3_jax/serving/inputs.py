@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vilam3_jax.data import file_kinds
@@ -23,6 +24,7 @@ from vilam3_jax.serving.errors import ApiError, bad_request
 from vilam3_jax.serving.fields import Fields
 from vilam3_jax.serving.files import FileStore
 
+NO_EXPERTS = "this server has none; start it with --annotations or --expert_host"
 MAX_MESSAGES = 256
 MAX_PARTS = 64
 MAX_ID = 128  # characters
@@ -59,9 +61,9 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePart:
-    """An image of a message: the id of an uploaded file, or the bytes of a data URL."""
+    """An image of a message: the id of an uploaded file, the bytes of a data URL, or a checked path."""
 
-    source: str | bytes
+    source: str | bytes | Path
     view: View
     role: str = ""
 
@@ -134,7 +136,7 @@ def options_of(fields: Fields, *, experts: bool) -> Options:
     """Takes the rest of `vilam3`, which clients send in `extra_body`; `experts` is the default."""
     given = fields.flag("experts", experts)
     if given and not experts:
-        raise fields.error("experts", "this server has none; start it with --annotations or --expert_host")
+        raise fields.error("experts", NO_EXPERTS)
     options = Options(
         given,
         fields.flag("images", False),
@@ -182,8 +184,11 @@ def image_part(part: Fields, source: str, where: str, default: View) -> ImagePar
 
 
 def _source(source: str, where: str) -> str | bytes:
-    if source.startswith("file-"):
-        return source
+    return source if source.startswith("file-") else data_of(source, where)
+
+
+def data_of(source: str, where: str) -> bytes:
+    """The bytes of a data URL in the field `where`; raises `ApiError`."""
     if _HTTP.match(source):
         raise bad_request(
             f"{where}: this server fetches no URLs; send the image as a data URL, or upload it to /v1/files",
@@ -324,7 +329,9 @@ def read(
         stored = store.get(part.source, owner) if isinstance(part.source, str) else None
         if stored is not None and (seen := store.views.get(stored, part.view)) is not None:
             return dataclasses.replace(seen, role=part.role)
-        if isinstance(part.source, bytes):
+        if isinstance(part.source, Path):
+            path = part.source
+        elif isinstance(part.source, bytes):
             path = keep.enter_context(store.for_one_request(part.source))
         else:
             assert stored is not None

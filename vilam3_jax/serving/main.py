@@ -11,14 +11,17 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
-from vilam3_jax.inference.assistant import NOT_CLINICAL, host_command, load
-from vilam3_jax.inference.model_flags import add_model_flags, model_options
-from vilam3_jax.runtime import paths
+from vilam3_jax.inference.assistant import NOT_CLINICAL, Assistant, host_command, load
+from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
+from vilam3_jax.runtime import paths, process_flags, processes
 from vilam3_jax.serving.samples import samples_of
+
+if TYPE_CHECKING:
+    from vilam3_jax.serving.audit import AuditLog
 
 _LOG = logging.getLogger(__name__)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -33,9 +36,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve a trained model over HTTP, as OpenAI's chat completions and responses. "
         + NOT_CLINICAL,
     )
+    add_engine_flags(parser)
+    add_audit_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a training run or its export folder")
-    add("--model_name", help="name of the model in requests (default: the folder's)")
     add("--host", default="127.0.0.1", help="address to bind to (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=8000, help="port; 0 is any free one (default: 8000)")
     add("--api_key_file", help="file with one API key a line, of 16 or more characters")
@@ -46,24 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="web origin that may use the server; may be repeated",
     )
-    add("--annotations", help="annotation store, which is preferred to the expert host")
-    add("--expert_host", default="auto", help="auto (the installed vilam3-experts), off, or a command")
-    add("--expert_weights", help="folder of the experts' weights, for the host")
     add("--samples", help="folder of images that the page offers")
-    add("--text", default="", help=TEXT_HELP)
     add(
         "--no_warm_up",
         action="store_true",
         help="listen at once; the first question of each length then waits for the compiler",
     )
-    add("--slots", type=int, default=8, help="dialogues that are decoded together (default: 8)")
-    add("--queue", type=int, default=64, help="requests that may wait or run; more get a 429 (default: 64)")
-    add("--deadline", type=float, default=300, help="seconds for an answer, then a 504 (default: 300)")
     add("--drain", type=float, default=60, help="seconds for answers in progress after SIGTERM (default: 60)")
-    add("--max_length", type=int, default=2048, help="maximum positions of a dialogue, images included")
-    add(
-        "--max_new_tokens", type=int, default=512, help="limit of a turn if a request has none (default: 512)"
-    )
     add("--max_upload", type=int, default=512, help="MiB of an uploaded file (default: 512)")
     add("--upload_space", type=int, default=8192, help="MiB of all uploaded files (default: 8192)")
     add("--max_body", type=int, default=64, help="MiB of a JSON body, data URLs included (default: 64)")
@@ -73,8 +65,82 @@ def _parser() -> argparse.ArgumentParser:
         default=60,
         help="uploaded files are deleted after this time (default: 60)",
     )
-    add_model_flags(parser)
     return parser
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the model, its experts and its engine, which `vilam3 mcp` has, too."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, help=CHECKPOINT_HELP)
+    add("--model_name", help="name of the model in requests (default: the folder's)")
+    add("--annotations", help="annotation store, which is preferred to the expert host")
+    add("--expert_host", default="auto", help="auto (the installed vilam3-experts), off, or a command")
+    add("--expert_weights", help="folder of the experts' weights, for the host")
+    add("--text", default="", help=TEXT_HELP)
+    add("--slots", type=int, default=8, help="dialogues that are decoded together (default: 8)")
+    add("--queue", type=int, default=64, help="requests that may wait or run; more get a 429 (default: 64)")
+    add("--deadline", type=float, default=300, help="seconds for an answer, then a 504 (default: 300)")
+    add("--max_length", type=int, default=2048, help="maximum positions of a dialogue, images included")
+    add(
+        "--max_new_tokens", type=int, default=512, help="limit of a turn if a request has none (default: 512)"
+    )
+    add_model_flags(parser)
+
+
+def add_audit_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the audit log."""
+    add = parser.add_argument
+    add("--audit_log", help="file to which a JSON line is appended per question, answer and failure")
+    add(
+        "--audit_content",
+        action="store_true",
+        help="write texts to the audit log, too; they may identify patients",
+    )
+
+
+def check_limits(options: argparse.Namespace, *more: str) -> None:
+    """Raises `UserError` for limits out of range, contradictory audit flags, and several processes."""
+    if processes.several(**process_flags.argument_values(options)):
+        raise UserError(
+            "a server is one process: start it on one host, and share the model over its devices by --mesh; "
+            "for a larger model, `vilam3 convert export` writes folders for servers that span hosts"
+        )
+    for name in ("slots", "queue", "deadline", "max_length", "max_new_tokens", *more):
+        if not 0 < getattr(options, name) < _LARGEST:
+            raise UserError(f"--{name}={getattr(options, name)}: must be above 0 and below {_LARGEST}")
+    if options.audit_content and not options.audit_log:
+        raise UserError("--audit_content: needs --audit_log=FILE")
+
+
+def model_name(options: argparse.Namespace) -> str:
+    """The name of the model in requests."""
+    return options.model_name or os.path.basename(os.path.abspath(options.checkpoint))
+
+
+def opened_audit_log(options: argparse.Namespace) -> AuditLog | None:
+    """The audit log of the flags; raises `UserError` if it cannot be written."""
+    from vilam3_jax.serving.audit import AuditLog  # needs the extra `serve`
+
+    return AuditLog(options.audit_log, content=options.audit_content) if options.audit_log else None
+
+
+def load_model(options: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Assistant, bool]:
+    """The model, closed by `stack`, and whether it has experts."""
+    assistant = stack.enter_context(
+        load(
+            options.checkpoint,
+            annotations=options.annotations,
+            expert_host=options.expert_host,
+            expert_weights=options.expert_weights,
+            max_length=options.max_length,
+            batch_size=options.slots,
+            text=options.text,
+            **model_options(options),
+        )
+    )
+    wanted = bool(options.annotations) or options.expert_host not in ("auto", "off")
+    found = bool(assistant.cards and host_command(options.expert_host, required=False))
+    return assistant, wanted or found
 
 
 def _keys(path: str | None) -> tuple[str, ...]:
@@ -105,10 +171,7 @@ def _is_local(host: str) -> bool:
 
 
 def _check(options: argparse.Namespace) -> None:
-    positive = ("slots", "queue", "deadline", "max_length", "max_new_tokens", "max_upload", "upload_space")
-    for name in (*positive, "max_body", "file_minutes"):
-        if not 0 < getattr(options, name) < _LARGEST:
-            raise UserError(f"--{name}={getattr(options, name)}: must be above 0 and below {_LARGEST}")
+    check_limits(options, "max_upload", "upload_space", "max_body", "file_minutes")
     if not 0 <= options.drain < _LARGEST:
         raise UserError(f"--drain={options.drain}: must be 0 or more and below {_LARGEST}")
     if not 0 <= options.port < 1 << 16:
@@ -134,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
         from vilam3_jax.serving.service import Service, Settings
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; install vilam3-jax[serve]") from error
-    name = options.model_name or os.path.basename(os.path.abspath(options.checkpoint))
+    name = model_name(options)
     settings = Settings(
         model=name,
         queue=options.queue,
@@ -151,22 +214,10 @@ def main(argv: Sequence[str]) -> int:
         samples=samples,
         hosts=() if keys or not _is_local(options.host) else (*_LOCAL, options.host),
     )
+    audit = opened_audit_log(options)
     with _bound(options.host, options.port) as listener, contextlib.ExitStack() as stack:
-        assistant = stack.enter_context(
-            load(
-                options.checkpoint,
-                annotations=options.annotations,
-                expert_host=options.expert_host,
-                expert_weights=options.expert_weights,
-                max_length=options.max_length,
-                batch_size=options.slots,
-                text=options.text,
-                **model_options(options),
-            )
-        )
-        wanted = bool(options.annotations) or options.expert_host not in ("auto", "off")
-        found = bool(assistant.cards and host_command(options.expert_host, required=False))
-        service = stack.enter_context(Service(assistant, settings, experts=wanted or found))
+        assistant, has_experts = load_model(options, stack)
+        service = stack.enter_context(Service(assistant, settings, experts=has_experts, audit=audit))
         # Orbax, by way of absl, gives the root logger a handler, which would print every line again.
         logging.getLogger("vilam3_jax").propagate = False
         signal.signal(signal.SIGTERM, _end)  # so that the service is closed

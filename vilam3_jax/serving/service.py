@@ -11,15 +11,18 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from vilam3_jax.data.experts.grammar import Call
+from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.inference.assistant import Assistant
 from vilam3_jax.serving import inputs, warm_up
 from vilam3_jax.serving.answers import Answer, Step, answer
+from vilam3_jax.serving.audit import AuditLog, Trail
 from vilam3_jax.serving.dialogues import dialogue_store
 from vilam3_jax.serving.engine import LATE, BusyError, DeadlineError, Engine
-from vilam3_jax.serving.errors import ApiError
+from vilam3_jax.serving.errors import ApiError, bad_request
 from vilam3_jax.serving.files import FileStore
-from vilam3_jax.serving.inputs import Ask
+from vilam3_jax.serving.inputs import NO_EXPERTS, Ask
 from vilam3_jax.serving.masks import MaskStore
 from vilam3_jax.serving.metrics import Metrics
 from vilam3_jax.serving.samples import Sample
@@ -94,13 +97,16 @@ class Places:
 class Service:
     """A model that is served; close it, or use it in a `with` statement."""
 
-    def __init__(self, assistant: Assistant, settings: Settings, *, experts: bool):
+    def __init__(
+        self, assistant: Assistant, settings: Settings, *, experts: bool, audit: AuditLog | None = None
+    ):
         """Starts the engine.
 
         Args:
           assistant: the model; the caller closes it.
           settings: see the class.
           experts: whether the model may call experts, unless a request says no.
+          audit: where requests are recorded; None for nowhere.
 
         Raises:
           UserError: experts are on, but there are no cards or no results of experts.
@@ -108,6 +114,7 @@ class Service:
         if experts:
             assistant.start_experts()
         self.assistant, self.settings, self.experts = assistant, settings, experts
+        self._audit = audit
         self.started = int(time.time())
         self.engine = Engine(assistant.generator, queue=settings.queue)
         self.store = FileStore(
@@ -147,32 +154,37 @@ class Service:
         warm_up.run(self.assistant, self.engine, experts=self.experts, max_new_tokens=limit, tell=tell)
 
     async def answer(
-        self, check: Callable[[], Ask], owner: str, name: str, *, stream: bool
+        self, check: Callable[[], Ask], owner: str, name: str, *, stream: bool, request: str = ""
     ) -> AsyncGenerator[Step | Answer, None]:
         """Answers a request under a new `name`; yields steps (only if `stream`), and at last the answer.
 
-        `check` reads the request and is called in a thread. Raises its errors, and those of
-        `answers.answer`; `BusyError` and `DeadlineError` also before the model is asked.
+        `check` reads the request and is called in a thread; `request` is its id in the audit log. Raises its
+        errors, and those of `answers.answer`; `BusyError` and `DeadlineError` also before the model is asked;
+        `UnavailableError` if the audit log cannot be written.
         """
+        trail = Trail(self._audit, request, owner, self.settings.model)
+        try:
+            async with contextlib.aclosing(
+                self._answer(check, owner, name, trail, stream=stream)
+            ) as happening:
+                async for item in happening:
+                    yield item
+        except BaseException as error:
+            trail.ended(error)
+            raise
+
+    async def _answer(
+        self, check: Callable[[], Ask], owner: str, name: str, trail: Trail, *, stream: bool
+    ) -> AsyncGenerator[Step | Answer, None]:
         until = time.monotonic() + self.settings.deadline
         with contextlib.ExitStack() as keep:
             with self._admitted():
                 try:
                     async with asyncio.timeout(self.settings.deadline):
                         ask = await asyncio.to_thread(check)
+                        await trail.asked(ask)
                         earlier = self.dialogues.get(ask.previous, owner) if ask.previous else None
-                        dialogue = await asyncio.get_running_loop().run_in_executor(
-                            self._readers,
-                            functools.partial(
-                                inputs.read,
-                                ask.said,
-                                assistant=self.assistant,
-                                store=self.store,
-                                decoder=self._decoder,
-                                owner=owner,
-                                keep=keep,
-                            ),
-                        )
+                        dialogue = await self._read(ask, owner, keep)
                 except TimeoutError:
                     raise DeadlineError(LATE) from None
             left = max(until - time.monotonic(), 0.0)
@@ -191,9 +203,52 @@ class Service:
                 async for item in happening:
                     if isinstance(item, Answer):
                         self.metrics.answer(item)
+                        await trail.answered(item)
                         if ask.store:
                             self.dialogues.add(name, item.reply.transcript, owner)
                     yield item
+
+    async def annotate(
+        self, check: Callable[[], Ask], call: Call, owner: str, *, request: str = ""
+    ) -> Annotation:
+        """Calls an expert, without the model, on the images of the last message of a request.
+
+        Raises `ApiError` for an expert or an argument that no card lists, and what `answer` raises.
+        """
+        trail = Trail(self._audit, request, owner, self.settings.model)
+        try:
+            with contextlib.ExitStack() as keep, self._admitted():
+                async with asyncio.timeout(self.settings.deadline):
+                    ask = await asyncio.to_thread(check)
+                    if not self.experts or (why := self.assistant.refusal(call)):
+                        raise bad_request(why if self.experts else NO_EXPERTS)
+                    await trail.called(call)
+                    dialogue = await self._read(ask, owner, keep)
+                    annotation = await asyncio.get_running_loop().run_in_executor(
+                        self._readers, self.assistant.annotate, dialogue.question, call
+                    )
+            await trail.annotated(annotation)
+            return annotation
+        except TimeoutError:
+            late = DeadlineError(LATE)
+            trail.ended(late)
+            raise late from None
+        except BaseException as error:
+            trail.ended(error)
+            raise
+
+    async def _read(self, ask: Ask, owner: str, keep: contextlib.ExitStack) -> inputs.Dialogue:
+        """Reads the images of a request in a thread."""
+        read = functools.partial(
+            inputs.read,
+            ask.said,
+            assistant=self.assistant,
+            store=self.store,
+            decoder=self._decoder,
+            owner=owner,
+            keep=keep,
+        )
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def view(self, work: Callable[[], T]) -> T:
         """Runs what the page shows in a thread.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,51 @@ def build_mesh(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) ->
             f"config mesh ({shown()}) does not fit this torus: every axis must be a product of its sides "
             "or of parts of them; change mesh.data and mesh.fsdp"
         ) from error
+
+
+def decoding_mesh(mesh: Mesh | str | int | None) -> Mesh | None:
+    """The mesh of a model that generates, all of whose devices share the heads and hidden units.
+
+    Args:
+      mesh: the number of devices, or the same as "tensor=4"; -1 for all. Or a `Mesh`, whose only axis of more
+        than one device is `tensor`. None for one device, or for all devices of several processes.
+
+    Returns:
+      A mesh with the axes `MESH_AXES`; None for the first device.
+
+    Raises:
+      UserError: it is none of these, there are not so many devices, or a process would have none of them.
+    """
+    several = jax.process_count() > 1
+    if mesh is None:
+        mesh = -1 if several else 1
+    if isinstance(mesh, Mesh):
+        if others := [f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "tensor" and size > 1]:
+            raise UserError(
+                f"mesh {', '.join(others)}: a model that generates is split along the axis tensor alone"
+            )
+        devices = list(mesh.devices.flat)
+    else:
+        count = _tensor_size(mesh) if isinstance(mesh, str) else mesh
+        every = jax.devices()
+        if count != -1 and not 1 <= count <= len(every):
+            raise UserError(f"mesh tensor={count}: must be 1 to {len(every)}, the number of devices, or -1")
+        devices = every if count == -1 else every[:count]
+        if len(devices) == 1:
+            return None
+    if several and len(devices) != len(jax.devices()):
+        raise UserError(
+            f"mesh of {len(devices)} devices: the processes have {len(jax.devices())}, and all must take "
+            "part; leave the mesh out"
+        )
+    return build_mesh(MeshConfig(data=1, fsdp=1, tensor=len(devices)), devices)
+
+
+def _tensor_size(text: str) -> int:
+    axis, _, size = text.partition("=")
+    if axis != "tensor" or not re.fullmatch(r"-1|\d{1,6}", size):
+        raise UserError(f"mesh {text!r}: must be like tensor=4, or tensor=-1 for all devices")
+    return int(size)
 
 
 def _slices(devices: Sequence[Any]) -> list[list[Any]]:

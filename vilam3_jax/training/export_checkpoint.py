@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from etils import epath
 
-from vilam3_jax.checkpoints import exports, run_checkpoints
-from vilam3_jax.data.experts.cards import with_card_list
-from vilam3_jax.ops.quantized import QuantizedKernel
+from vilam3_jax.checkpoints import exports
 from vilam3_jax.runtime import paths
-from vilam3_jax.runtime.settings import from_mapping
-from vilam3_jax.sharding import mesh as mesh_lib
-from vilam3_jax.training import program as program_lib
-from vilam3_jax.training.run_config import RENAMED_KEYS, RunConfig
-from vilam3_jax.training.train_state import TrainState
+from vilam3_jax.training.checkpoint_model import open_checkpoint
 
 
 def export_checkpoint(
@@ -36,40 +28,21 @@ def export_checkpoint(
     Raises:
       UserError: the run has no such checkpoint, or it is damaged.
     """
-    folder, step = run_checkpoints.find(workdir, step)
-    run = run_checkpoints.read_run(folder)
-    config = from_mapping(RunConfig, run["config"], RENAMED_KEYS)
-    mesh_config = mesh_lib.MeshConfig()
-    mesh = mesh_lib.build_mesh(mesh_config, jax.devices()[:1])
-    program = program_lib.build(dataclasses.replace(config, mesh=mesh_config, compiler_options=()), mesh)
-    places = _places(program.state)
-    loaded: dict[str, Any] = {}
+    model = open_checkpoint(workdir, step)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loaded: dict[str, jax.Array] = {}
 
-    def make(leaf: exports.Leaf) -> Any:
+    def make(leaf: exports.Leaf) -> jax.Array:
         if leaf.path not in loaded:  # consecutive leaves are rows of one parameter
             loaded.clear()
-            field, wanted = places[leaf.path]
-            value = run_checkpoints.read_state(folder, {field: {leaf.path: wanted}})[field][leaf.path]
-            loaded[leaf.path] = value.dequantize() if isinstance(value, QuantizedKernel) else value
-        value = loaded[leaf.path].astype(leaf.dtype)
+            loaded.update(model.read({leaf.path: model.shapes[leaf.path].update(sharding=place)}))
+        value = loaded[leaf.path]
         return value if leaf.key == leaf.path else value[leaf.start : leaf.start + leaf.shape[0]]
 
-    target = paths.as_path(out) if out else paths.as_path(workdir) / f"export_step_{step}"
-    model = {**with_card_list(config.model.to_dict()), "kind": config.task}
-    provenance = {**run.get("provenance", {}), "step": step}
-    tokenizer = config.model.tokenizer or None
-    exports.write_export(target, program.shapes, make, model, tokenizer, lambda: provenance)
+    target = paths.as_path(out) if out else paths.as_path(workdir) / f"export_step_{model.step}"
+    tokenizer = model.tokenizer or None
+    exports.write_export(target, model.shapes, make, model.config, tokenizer, lambda: model.provenance)
     return target
-
-
-def _places(state: TrainState) -> dict[str, tuple[str, Any]]:
-    """Path of a parameter → (field of the state, abstract value), as `TrainState.params` chooses them."""
-    fields: Mapping[str, Mapping[str, Any]] = {
-        "frozen": state.frozen,
-        "trainable": state.trainable,
-        "ema": state.ema or {},
-    }
-    return {path: (name, leaf) for name, leaves in fields.items() for path, leaf in leaves.items()}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -23,10 +23,11 @@ from vilam3_jax.models import build as build_lib
 from vilam3_jax.models import param_paths
 from vilam3_jax.ops import quantized
 from vilam3_jax.ops.attention import backends
+from vilam3_jax.runtime import chips
 from vilam3_jax.sharding import logical_axes, weights
 from vilam3_jax.sharding import mesh as mesh_lib
 from vilam3_jax.tasks import TASKS, Task
-from vilam3_jax.training import chips, frozen_kernels, initialization, train_state
+from vilam3_jax.training import frozen_kernels, initialization, train_state
 from vilam3_jax.training import optimizer as optimizer_lib
 from vilam3_jax.training import step as step_lib
 from vilam3_jax.training.run_config import RunConfig
@@ -58,6 +59,11 @@ class Program:
     state: TrainState
     batch: Batch
     step: Any
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA options of the step."""
+        return compiler_options(self.config.compiler_options, self.mesh)
 
     @contextlib.contextmanager
     def context(self, whole_rows: bool = False) -> Iterator[None]:

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from vilam3_jax.runtime import paths, processes
+from vilam3_jax.runtime import chips, paths, processes
 from vilam3_jax.tasks.task import Work
-from vilam3_jax.training import chips, flops, step_guard, writers
+from vilam3_jax.training import flops, step_guard, writers
 from vilam3_jax.training.hooks import Hook, run_hooks
 from vilam3_jax.training.profiler import Traces
 from vilam3_jax.training.program import Program

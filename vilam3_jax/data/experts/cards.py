@@ -15,7 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vilam3_jax.data.experts.grammar import NAME
+from vilam3_jax.data.examples import IMAGE_MARKER
+from vilam3_jax.data.experts.grammar import NAME, parse_turn
 from vilam3_jax.errors import UserError
 from vilam3_jax.runtime import paths
 
@@ -66,6 +67,10 @@ class Card:
         for text in (self.modality, self.task, self.overview, self.accuracy):
             if any(s in text for s in _SEPARATORS):
                 raise ValueError(f"card {self.name}: {text!r} contains a line break or a field name")
+            if not text.isprintable() or IMAGE_MARKER in text or parse_turn(text).calls:
+                raise ValueError(
+                    f"card {self.name}: {text!r} contains a call, a marker or a control character"
+                )
         if any(not re.fullmatch(r"[^()<>'\n]{1,200}", a) or a == "None" for a in self.args):
             raise ValueError(f"card {self.name}: arguments {self.args} cannot be written in a call")
         if self.stand_in != (STAND_IN in self.overview):

@@ -18,10 +18,11 @@ from vilam3_jax.data.experts.cards import Card, render_cards
 from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.overlays import expert_overlay
 from vilam3_jax.data.experts.record import THRESHOLD, Annotation
-from vilam3_jax.data.experts.wording import PLAIN, Plane, Wording, doubts, wording_named
+from vilam3_jax.data.experts.wording import MAX_EXPERT_TEXT, PLAIN, Plane, Wording, doubts, wording_named
 from vilam3_jax.errors import UserError
 
 TASKS = ("segmentation", "classification")
+_MAX_NAMES = 6000  # characters of all names of a result; VISTA3D's 132 labels have 1,721
 
 Overlay = Callable[[np.ndarray], np.ndarray]
 """Draws coloured labels onto a slice as the model sees it, uint8 [H, W, 3]."""
@@ -71,6 +72,9 @@ class Result:
             return None
         if self.task not in TASKS:
             return f"task {self.task!r} of {found.expert} is not supported; use one of {', '.join(TASKS)}"
+        names = {*found.probabilities, *found.calibrated, *(segment.name for segment in found.segments)}
+        if (size := sum(min(len(name), MAX_EXPERT_TEXT) for name in names)) > _MAX_NAMES:
+            return f"annotation of {found.expert} has names of {size} characters, more than {_MAX_NAMES}"
         if self.task == "classification":
             return None if found.probabilities else f"annotation of {found.expert} has no probabilities"
         if found.label_shape is None:

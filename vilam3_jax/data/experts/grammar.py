@@ -52,17 +52,18 @@ def joined(parts: Sequence[object]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def parse_turn(text: str) -> CallingTurn:
+def parse_turn(text: str, most: int | None = None) -> CallingTurn:
     """Parses the calls of one turn; accepts any text.
 
-    Consecutive calls, separated only by punctuation or words like 'and', are made in order. Any other text
-    after a call is cut, because the expert answers first. Blanks and quotes around arguments are dropped.
+    Consecutive calls, separated only by punctuation or words like 'and', are made in order, `most` of them if
+    given. Any other text after a call is cut, because the expert answers first. Blanks and quotes around
+    arguments are dropped.
     """
     found = list(_CALL.finditer(text))
     if not found:
         return CallingTurn((), text)
     made = [found[0]]
-    for match in found[1:]:
+    for match in found[1:most]:
         if not _JOINER.fullmatch(text, made[-1].end(), match.start()):
             break
         made.append(match)
@@ -74,6 +75,12 @@ def parse_turn(text: str) -> CallingTurn:
         text[closing.end() :].strip(),
         tuple(map(_call, found[len(made) :])),
     )
+
+
+def parse_call(text: str) -> Call | None:
+    """The call that a text consists of, with or without its angle brackets; None for any other text."""
+    match = _CALL.fullmatch(f"<{text.strip().removeprefix('<').removesuffix('>')}>")
+    return None if match is None else _call(match)
 
 
 def _call(match: re.Match[str]) -> Call:

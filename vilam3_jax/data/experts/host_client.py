@@ -176,7 +176,7 @@ class ExpertHost(FrameProcess):
                 reason = f"expert host: {error}" if isinstance(error, FrameError) else self._crash(error)
                 self._stop()
                 return failed(input_key, expert, args, reason)
-        if "annotation" not in response:
+        if not isinstance(response.get("annotation"), bytes):
             return failed(input_key, expert, args, str(response.get("error")))
         try:
             annotation = Annotation.from_bytes(response["annotation"])

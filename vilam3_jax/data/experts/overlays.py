@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vilam3_jax.data.experts.labels import apply_group, label_group
+from vilam3_jax.data.experts.labels import apply_group, label_group, visible_segments
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.volumes import slice_2d
 
@@ -46,6 +46,12 @@ def legend(names: Mapping[int, str], present: list[int]) -> dict[str, str]:
             known = out.get(colour)
             out[colour] = f"{known} and {names[label_id]}" if known else names[label_id]
     return out
+
+
+def slice_legend(annotation: Annotation, *, axis: int, index: int) -> dict[str, str]:
+    """The `legend` of an `expert_overlay`."""
+    names = {i: name for i, name, *_ in visible_segments(annotation, axis=axis, index=index)}
+    return legend(names, list(names))
 
 
 def brats_legend(colours: Mapping[int, str]) -> str:

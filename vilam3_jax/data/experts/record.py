@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import numbers
 import zlib
 from typing import Any, cast
 
@@ -22,11 +23,19 @@ SCHEMA_VERSION = 3
 MAX_RECORD_BYTES = 1 << 30
 MAX_LABEL_VOXELS = 1 << 29
 VERDICTS = ("pass", "warn", "fail", "unknown")
+_MAX_ML = 1e9  # a cube of 10 m
 THRESHOLD = 0.5  # a class with a higher probability counts as present
 _LABEL_DTYPES = ("uint8", "uint16")
 
 Key = tuple[str, str, str]
 """(input key, see `content_keys.inputs_key`; expert name; expert arguments)."""
+
+
+def _check_types(record: Any, kinds: type | tuple[type, ...], *names: str) -> None:
+    """Raises `ValueError` if a field has another type: records may come from other programs."""
+    for name in names:
+        if not isinstance(getattr(record, name), kinds):
+            raise ValueError(f"{name} of the type {type(getattr(record, name)).__name__}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,15 @@ class Segment:
     volume_ml: float
     components: int
     bbox: tuple[int, int, int, int, int, int]
+
+    def __post_init__(self) -> None:
+        _check_types(self, str, "name")
+        counts = (self.label_id, self.voxels, self.components, *self.bbox)
+        if len(self.bbox) != 6 or any(not isinstance(n, numbers.Integral) or n < 0 for n in counts):
+            raise ValueError(f"segment {self.label_id!r}: its counts must be integers from 0")
+        _check_types(self, numbers.Real, "volume_ml")
+        if not 0 <= self.volume_ml <= _MAX_ML:
+            raise ValueError(f"segment {self.label_id}: its volume is {self.volume_ml} ml")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +81,8 @@ class Verdict:
             raise ValueError(f"verdict {self.status!r}, expected one of {VERDICTS}")
         if self.stage not in ("before", "after"):
             raise ValueError(f"stage {self.stage!r}, expected 'before' or 'after'")
+        _check_types(self, str, "check", "subject", "message")
+        _check_types(self, (numbers.Real, type(None)), "value", "low", "high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +95,10 @@ class Disagreement:
     subject: str  # label or class that both report
     measure: str  # `dice` or `probability difference`
     value: float
+
+    def __post_init__(self) -> None:
+        _check_types(self, str, "expert", "args", "version", "subject", "measure")
+        _check_types(self, numbers.Real, "value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +120,9 @@ class LabelMap:
     blob: bytes
 
     def __post_init__(self) -> None:
+        _check_types(self, bytes, "blob")
+        if not all(isinstance(n, numbers.Integral) for n in (*self.shape, *self.offsets)):
+            raise ValueError("label map with a shape or offsets that are no integers")
         if len(self.shape) != 3 or min(self.shape) < 1 or math.prod(self.shape) > MAX_LABEL_VOXELS:
             raise ValueError(f"label map of shape {self.shape}")
         if self.dtype not in _LABEL_DTYPES:
@@ -198,6 +225,11 @@ class Annotation:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        texts = ("input_key", "expert", "args", "reason", "version", "weights_sha256", "calibration")
+        _check_types(self, str, *texts)
+        _check_types(self, numbers.Real, "seconds")
+        if not 0 <= self.seconds < math.inf:
+            raise ValueError(f"run time of {self.seconds} s")
         if self.status not in ("ok", "failed"):
             raise ValueError(f"status {self.status!r}, expected 'ok' or 'failed'")
         if self.status == "failed" and not self.reason:
@@ -207,7 +239,7 @@ class Annotation:
         if self.inputs and content_keys.inputs_key(self.inputs) != self.input_key:
             raise ValueError("input_key is not the key of the inputs")
         for name, value in (*self.probabilities.items(), *self.calibrated.items()):
-            if not 0.0 <= value <= 1.0:
+            if not isinstance(name, str) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"probability of {name!r} is {value}")
         ids = [s.label_id for s in self.segments]
         if len(set(ids)) != len(ids) or any(i < 1 for i in ids):

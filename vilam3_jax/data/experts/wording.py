@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from vilam3_jax.data.examples import IMAGE_MARKER
@@ -18,7 +19,13 @@ from vilam3_jax.data.experts.overlays import brats_legend, legend, palette_of, r
 from vilam3_jax.data.experts.record import THRESHOLD, Annotation, Verdict
 from vilam3_jax.errors import UserError
 
-_MAX_EXPERT_TEXT = 200  # characters of a name or a sentence that an expert supplies
+MAX_EXPERT_TEXT = 200  # characters of a name or a sentence that an expert supplies
+_MAX_DOUBTS = 16
+_BRACKETS = frozenset("<>|[]")
+# Of Unicode's default-ignorable characters those that count as printable: they could hide text.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 # Card modality to a noun phrase.
 IMAGE_OF = {"CT": "a CT image", "MRI": "an MRI image", "CXR": "a chest X-ray"}
 _VILA_M3_INPUTS = {
@@ -168,13 +175,19 @@ def doubts(verdicts: Sequence[Verdict]) -> str:
 
 
 def doubt_messages(verdicts: Sequence[Verdict]) -> list[str]:
-    """One clause per doubt; labels that the scan cuts off share a clause."""
+    """One clause per doubt, up to a limit; labels that the scan cuts off share a clause."""
     found = [v for v in verdicts if v.status in ("warn", "fail") and v.message]
     cut = [sanitized(v.subject) for v in found if v.check == "border"]
     messages = [sanitized(v.message) for v in found if v.check != "border" or len(cut) == 1]
     if len(cut) > 1:
-        messages.append(f"{joined(cut)} reach the border of the scan, so their volumes are lower bounds")
-    return messages
+        labels = joined(_limited(cut, "labels"))
+        messages.append(f"{labels} reach the border of the scan, so their volumes are lower bounds")
+    return _limited(messages, "doubts")
+
+
+def _limited(texts: list[str], what: str) -> list[str]:
+    more = len(texts) - _MAX_DOUBTS
+    return [*texts[:_MAX_DOUBTS], f"{more} more {what}"] if more > 0 else texts
 
 
 def visible_labels(annotation: Annotation, plane: Plane) -> list[tuple[int, str, int, float]]:
@@ -201,9 +214,21 @@ def class_name(name: str) -> str:
     return sanitized(name.lower().replace("_", " "))
 
 
+def one_line(text: str, limit: int) -> str:
+    """Up to `limit` characters of a text on one line, without control characters and invisible ones."""
+    shown = _INVISIBLE.sub("", text[: 4 * limit])
+    # Format characters, such as marks of direction, stand within words.
+    shown = "".join(c for c in shown if unicodedata.category(c) != "Cf")
+    return " ".join("".join(c if c.isprintable() else " " for c in shown).split())[:limit]
+
+
 def sanitized(text: str) -> str:
-    """An expert's text on one line, without characters that could form a marker, a call or a token."""
-    return " ".join(re.sub(r"[<>|\[\]]", " ", text).split())[:_MAX_EXPERT_TEXT]
+    """An expert's text on one line, without characters that could form a marker, a call or a token.
+
+    Characters that a tokenizer may fold to such characters are left out, too.
+    """
+    plain = "".join(" " if _BRACKETS & set(unicodedata.normalize("NFKC", c)) else c for c in text)
+    return one_line(plain, MAX_EXPERT_TEXT)
 
 
 def format_ml(ml: float) -> str:

@@ -35,6 +35,7 @@ class Chip:
       clock: cycles per second of the compiler's estimates, see above; 0 for GPUs.
       scoped_vmem_kib: limit of vector memory per operation; half of a TPU core's memory where that is known
         to help, 0 for the compiler's default (16 MiB, v6e 32).
+      generation_vmem_kib: the same for generation, whose products only read weights.
       sparse_cores: whether to offload gathers and scatters to them (the default on TPU7x).
     """
 
@@ -50,6 +51,7 @@ class Chip:
     cores_in_name: bool = False
     clock: float = 0.0
     scoped_vmem_kib: int = 0
+    generation_vmem_kib: int = 0
     sparse_cores: bool = False
 
 
@@ -63,9 +65,10 @@ CHIPS = {
         Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 0.8e12, 50e9, 2, 3.125e9,
              clock=1.5e9, scoped_vmem_kib=32768),
         Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.74 * GIB), 2.765e12, 100e9, 3, 6.25e9,
-             cores_in_name=True, clock=1.75e9, scoped_vmem_kib=32768, sparse_cores=True),
+             cores_in_name=True, clock=1.75e9, scoped_vmem_kib=32768, generation_vmem_kib=49152,
+             sparse_cores=True),
         Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * GIB), 1.6e12, 100e9, 2, 12.5e9,
-             clock=2.1e9, scoped_vmem_kib=65536, sparse_cores=True),
+             clock=2.1e9, scoped_vmem_kib=65536, generation_vmem_kib=65536, sparse_cores=True),
         Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, int(2 * 94.75 * GIB), 7.38e12, 100e9, 3, 12.5e9,
              devices=2, cores_in_name=True, clock=2.45e9, scoped_vmem_kib=32768),
         Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * GIB, 3.35e12),

@@ -262,7 +262,8 @@ def test_bodies_and_uploads_that_are_being_received_are_limited(assistant):
         assert code_of(post(running, BODY)) == (429, "busy")
         halves.append(begin("/v1/files", "multipart/form-data; boundary=b", b"--b\r\n"))
         eventually(lambda: running.service.uploads._free == 0)
-        assert code_of(httpx.post(f"{running.url}/v1/files", files={"file": ("a", b"x")})) == (429, "busy")
+        large = {"file": ("a", bytes(2 << 20))}  # more than the buffers of a connection
+        assert code_of(httpx.post(f"{running.url}/v1/files", files=large, timeout=60)) == (429, "busy")
         for connection in halves:
             connection.close()
         eventually(lambda: running.service.bodies._free == 2 and running.service.uploads._free == 1)

@@ -40,6 +40,7 @@ from vilam3_jax.serving.viewing import slice_query
 PAGE = Path(__file__).with_name("page")
 NIIVUE = "vendor/niivue.js"
 _PING_SECONDS = 15.0
+_KEEP_ALIVE_SECONDS = 60  # longer than clients keep idle connections, or they would send into a closing one
 _MAX_FIELDS = 8
 _MAX_FIELD_BYTES = 1 << 16
 
@@ -207,7 +208,7 @@ class Api:
 
     async def _body(self, request: Request) -> Fields:
         """The JSON of a request."""
-        with self._service.bodies.take():
+        async with http.place(self._service.bodies, request):
             return await http.read_json(request)
 
     async def _answer(
@@ -355,7 +356,7 @@ class Api:
         reading = functools.partial(
             request.form, max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
         )
-        with self._service.uploads.take():
+        async with http.place(self._service.uploads, request):
             form = await http.in_time(reading())
             try:
                 yield form
@@ -447,6 +448,7 @@ def make_server(service: Service) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(service.settings.drain) + 1,
     )
     return uvicorn.Server(config)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -17,14 +18,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vilam3_jax.serving.engine import BusyError
 from vilam3_jax.serving.errors import ApiError, as_api_error, error_response
 from vilam3_jax.serving.fields import Fields, parse_json
 from vilam3_jax.serving.metrics import Metrics
-from vilam3_jax.serving.service import Settings
+from vilam3_jax.serving.service import Places, Settings
 
 _LOG = logging.getLogger(__name__)
 _BODY_SECONDS = 60.0
 _UPLOAD_SECONDS = 900.0
+_DISCARD_BYTES, _DISCARD_SECONDS = 16 << 20, 10.0  # of the body of a request that is refused
 _SEND_SECONDS = 60.0  # in which a client must read on
 _UPLOAD_SLACK = 1 << 20  # bytes of a form around its file
 CLIENT_LEFT = 499  # the status of nginx for it; nobody receives it
@@ -207,6 +210,26 @@ async def in_time(reading: Awaitable[T], seconds: float = _UPLOAD_SECONDS) -> T:
         raise ApiError(408, "the body came too slowly; send it again", "timeout") from None
     except ClientDisconnect:
         raise ClientLeft from None
+
+
+@contextlib.asynccontextmanager
+async def place(places: Places, request: Request) -> AsyncIterator[None]:
+    """Takes a place for a body; raises `BusyError` without one.
+
+    A small body is read before: a client that still sends would see a closed connection, not the refusal.
+    """
+    try:
+        taken = places.take()
+    except BusyError:
+        with contextlib.suppress(TimeoutError, ClientDisconnect):
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                read = 0
+                async for chunk in request.stream():
+                    if (read := read + len(chunk)) > _DISCARD_BYTES:
+                        break
+        raise
+    with taken:
+        yield
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

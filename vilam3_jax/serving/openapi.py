@@ -339,8 +339,11 @@ def _response_items() -> Iterable[Schema]:
     yield _object({"type": {"enum": ["mcp_call", "reasoning"]}}, ["type"], closed=False)
 
 
-def _answer(schema: Schema, kind: str = "application/json", **others: Schema) -> Schema:
-    content = {kind: {"schema": schema}, **{name: {"schema": one} for name, one in others.items()}}
+def _answer(schema: Schema, kind: str = "application/json", *, streams: bool = False) -> Schema:
+    """The responses of an operation; `streams`: also server-sent events, which 3.1 cannot describe."""
+    content: Schema = {kind: {"schema": schema}}
+    if streams:
+        content["text/event-stream"] = {}
     return {"200": {"description": "Success", "content": content}, **_ERRORS}
 
 
@@ -359,7 +362,6 @@ def _parameter(name: str, schema: Schema, *, where: str = "query") -> Schema:
 def _paths() -> Schema:
     """The paths, with the methods of each."""
     json_of = lambda name: {"required": True, "content": {"application/json": {"schema": _ref(name)}}}  # noqa: E731
-    stream = {"text/event-stream": _ANY}  # 3.1 cannot describe events
     axis = _parameter("axis", {"enum": sorted(AXES)})
     index = _parameter("index", {"type": "string", "pattern": "^[0-9]{1,7}$"})
     modality = _parameter("modality", {"type": "string", "pattern": "^[A-Za-z]{1,16}$"})
@@ -386,7 +388,7 @@ def _paths() -> Schema:
         _parameter("Prompt", _TEXT),
         _parameter("stream", {"enum": ["true", "false", "0", "1"]}),
     ]
-    chat = _answer(_ref("ChatCompletion"), **stream)
+    chat = _answer(_ref("ChatCompletion"), streams=True)
     return {
         "/healthz": {
             "get": {
@@ -428,7 +430,7 @@ def _paths() -> Schema:
                 "requestBody": {
                     "content": {**form["content"], "application/json": {"schema": _ref("ChatRequest")}}
                 },
-                "responses": _answer({"type": "object"}, **stream),
+                "responses": _answer({"type": "object"}, streams=True),
             }
         },
         "/v1/chat/completions/{answer}": {**answer, **forget},
@@ -436,7 +438,7 @@ def _paths() -> Schema:
             "post": {
                 "summary": "A response in OpenAI's form",
                 "requestBody": json_of("ResponsesRequest"),
-                "responses": _answer(_ref("Response"), **stream),
+                "responses": _answer(_ref("Response"), streams=True),
             }
         },
         "/v1/responses/{answer}": {**answer, **forget},

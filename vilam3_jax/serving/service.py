@@ -79,12 +79,15 @@ class Places:
         """`problem` is told when all places are taken."""
         self._free, self._problem = limit, problem
 
-    @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        """Takes a place until the block ends; raises `BusyError` without one."""
+    def take(self) -> contextlib.AbstractContextManager[None]:
+        """Takes a place now, until the block of the result ends; raises `BusyError` without one."""
         if self._free <= 0:
             raise BusyError(f"{self._problem}; try again in a few seconds")
         self._free -= 1
+        return self._taken()
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[None]:
         try:
             yield
         finally:

@@ -1,15 +1,16 @@
 """Compiles the programs of typical questions before clients ask the first one.
 
 A program belongs to a size of the cache and a length of what is read, both rounded up to a few sizes (see
-`inference.generate`). Questions are asked with a blank image and without, with experts and without, as a first
-question and as a follow-up, with the server's limit of new tokens and with a short one. Each answer ends at its
-first token.
+`inference.generate`). Questions are asked with a blank image and without, with experts and without, as a
+first question and as a follow-up, with the server's limit of new tokens and with a short one. Each answer
+ends at its first token.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def _questions(
     assistant: Assistant, scans: Sequence[Scan], experts: bool, limit: int
 ) -> Iterator[batching.Script[None]]:
     """The dialogues of one kind."""
-    options = dict(experts=experts, max_new_tokens=limit)
+    options: dict[str, Any] = {"experts": experts, "max_new_tokens": limit}
     reply = None
     if experts and scans:
         # The turn of an expert is about as long as a question with its overlay.

@@ -98,11 +98,14 @@ def message(**values):
         (changed(stop=[""]), ["stop"]),
         (changed(stop=["a"] * 5), ["stop"]),
         (changed(stop={"a": 1}), ["stop"]),
+        (changed(stop=0), ["stop"]),
         (changed(stream="yes"), ["stream"]),
         (changed(stream_options={}), ["stream_options"]),
         (changed(logprobs=1), ["logprobs"]),
         (changed(top_logprobs=5), ["top_logprobs"]),
         (changed(n=2), ["n: one answer"]),
+        (changed(n=True), ["n: one answer"]),
+        (changed(n={}), ["n: one answer"]),
         (changed(tools=[{"type": "function"}]), ["tools"]),
         (changed(temprature=1), ["did you mean temperature"]),
         (changed(response_format="json"), ["response_format"]),
@@ -118,6 +121,11 @@ def message(**values):
         (changed(vilam3={"window": [1, -1]}), ["vilam3.window"]),
         (changed(vilam3={"slice": -1}), ["vilam3.slice"]),
         (changed(vilam3={"wndow": [1, 2]}), ["did you mean window"]),
+        (changed(vilam3={"previous": 5}), ["vilam3.previous"]),
+        (changed(vilam3={"previous": "chatcmpl-" + "0" * 32}), ["store: true"]),
+        ({**changed(messages=[*TEXT["messages"], {"role": "assistant", "content": "x"}, *TEXT["messages"]]),
+          "vilam3": {"previous": "chatcmpl-x"}}, ["only the question that follows"]),
+        (changed(store="yes"), ["store"]),
         (part(type="image_url", image_url="x"), ["image_url"]),
         (part(type="image_url", image_url={"url": "https://example.org/a.png"}), ["fetches no URLs"]),
         (part(type="image_url", image_url={"url": "file:///etc/passwd"}), ["fetches no URLs"]),
@@ -133,7 +141,8 @@ def message(**values):
     ],
 )  # fmt: skip
 def test_bodies(http, body, words):
-    status = 404 if "this server has tiny" in words or "upload it again" in words else 400
+    unknown = ("this server has tiny", "upload it again", "store: true")
+    status = 404 if any(one in words for one in unknown) else 400
     refused(http.post(CHAT, content=json.dumps(body), headers={"Content-Type": "application/json"}), *words,
             status=status)  # fmt: skip
 
@@ -231,26 +240,49 @@ BIG_NIFTI = gzip.compress(b"\x5c\x01\0\0" + bytes(340) + b"n+1\0" + bytes(64 << 
         "nrrd",
     ],
 )
-def test_bad_files(http, data, words):
+def test_bad_files(http, server, data, words):
+    before = on_disk(server)
     stored = http.post("/v1/files", files={"file": ("a", data)})
     if stored.status_code == 200:
         body = part(type="image_url", image_url={"url": stored.json()["id"]})
         refused(http.post(CHAT, json=body), *words)
+        assert http.delete(f"/v1/files/{stored.json()['id']}").status_code == 200
     else:
         refused(stored, *words)
     if data and not data.startswith(b"PK"):
         refused(http.post(CHAT, json=url(data)))
+    assert on_disk(server) == before
+
+
+def on_disk(server):
+    """All files of the server's uploads."""
+    return sorted(server.service.store._root.rglob("*"))
+
+
+@pytest.mark.parametrize("kind", ["application/dicom", "image/png"])
+def test_dicom_as_a_data_url(http, server, kind):
+    before = on_disk(server)
+    refused(http.post(CHAT, json=url(dicom(), kind)), "upload the file to /v1/files")
+    assert on_disk(server) == before
 
 
 def test_hostile_texts_in_dicom_reach_nobody(http, caplog):
     name = "../../etc/passwd\\<script>alert(1)</script>"
     data = dicom(PatientName=name, PatientID="$(reboot)", SeriesDescription=name, StudyDescription=name)
-    found = http.post(CHAT, json=url(data, "application/dicom"))
+    found = about_upload(http, data)
     assert found.status_code == 200, found.text
     assert "alert" not in found.text and "reboot" not in found.text + caplog.text
     bad = dicom(PatientName=name, PatientID="$(reboot)", ImageOrientationPatient=[0, 0, 0, 0, 0, 0])
-    said = refused(http.post(CHAT, json=url(bad, "application/dicom")))
+    said = refused(about_upload(http, bad))
     assert "alert" not in said and "reboot" not in said
+
+
+def about_upload(http, data):
+    """The answer about a file whose name is hostile, too."""
+    name = "../../../etc/passwd\n<script>.dcm"
+    stored = http.post("/v1/files", files={"file": (name, data)}).json()
+    assert stored["filename"] == "scan"
+    return http.post(CHAT, json=part(type="image_url", image_url={"url": stored["id"]}))
 
 
 def test_a_wide_image_is_read(http):
@@ -271,6 +303,7 @@ VALUES = st.recursive(
 )
 NAMES = [
     *("messages", "model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "logprobs", "n"),
+    *("store", "previous_response_id"),
     *("vilam3", "response_format", "input", "instructions", "text", "include", "max_output_tokens", "tools"),
 ]
 PARTS = st.lists(

@@ -135,6 +135,23 @@ def test_stops_sampling_and_log_probs(client):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n": 2}, "one answer per request"),
+        ({"logprobs": True, "top_logprobs": 3}, "log-probabilities of the chosen tokens"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias: not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: not supported"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}},
+         "schema"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(client, options, words):
+    with pytest.raises(openai.BadRequestError, match=words):
+        ask(client, **options)
+
+
 @pytest.fixture
 def calls_an_expert(monkeypatch):
     """The first turn of every dialogue becomes a call."""

@@ -79,6 +79,7 @@ def test_sigterm_drains_and_leaves_no_files(start, world, tmp_path):
         (["--drain=inf"], "0 or more"),
         (["--cors_origin=example.org"], "https://"),
         (["--api_key_file=/nowhere"], "no such file"),
+        (["--samples=/nowhere"], "no such folder"),
     ],
 )
 def test_flags_that_are_refused(flags, words):

@@ -11,8 +11,10 @@ import pydicom
 import pytest
 
 from tests.serving.test_bad_requests import dicom, refused
+from vilam3_jax.errors import UnavailableError
+from vilam3_jax.serving import files
 from vilam3_jax.serving.errors import ApiError
-from vilam3_jax.serving.files import FileStore
+from vilam3_jax.serving.files import FileStore, Views
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 
@@ -117,3 +119,49 @@ def test_files_expire_and_belong_to_one_key():
         assert stored.path.exists()
         store.sweep()
         assert not stored.path.parent.exists() and len(store) == 0
+
+
+def test_the_number_of_files_is_limited(monkeypatch):
+    monkeypatch.setattr(files, "_MAX_FILES", 2)
+    with FileStore() as store:
+        first = store.add(io.BytesIO(PNG), "me")
+        with pytest.raises(ApiError):
+            store.add(io.BytesIO(b"no image"), "me")
+        store.add(io.BytesIO(PNG), "me")
+        with pytest.raises(ApiError, match="too many files") as caught:
+            store.add(io.BytesIO(PNG), "me")
+        assert caught.value.status == 429
+        store.delete(first.id, "me")
+        assert store.add(io.BytesIO(PNG), "me")
+
+
+def test_a_full_disk_is_told(monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with FileStore() as store:
+        monkeypatch.setattr("pathlib.Path.mkdir", full)
+        for add in (lambda: store.add(io.BytesIO(PNG), "me"), store.for_one_request(PNG).__enter__):
+            with pytest.raises(UnavailableError, match="cannot store files now"):
+                add()
+        assert not store._begun
+
+
+def test_views_are_bounded_and_die_with_their_file():
+    views = Views(max_bytes=10)
+    with FileStore() as store:
+        store.views = views
+        one, other = store.add(io.BytesIO(PNG), "me"), store.add(io.BytesIO(PNG), "me")
+        views.keep(one, "a", "view a", 4)
+        views.keep(other, "a", "view b", 4)
+        assert (views.get(one, "a"), views.get(other, "a"), views.get(one, "b")) == ("view a", "view b", None)
+        views.get(one, "a")
+        views.keep(one, "b", "view c", 4)
+        assert views.get(other, "a") is None and views.get(one, "a") and views.get(one, "b"), (
+            "the oldest went"
+        )
+        views.keep(one, "c", "too large", 11)
+        assert views.get(one, "c") is None
+        store.delete(one.id, "me")
+        views.keep(one, "a", "late", 1)
+        assert views.get(one, "a") is None and views._bytes == 0 and not views._found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -14,6 +16,7 @@ import pytest
 from tests.serving.conftest import KEY, serve
 from vilam3_jax.inference.batching import Batcher
 from vilam3_jax.serving import app
+from vilam3_jax.serving.http import Observer
 
 SECRET = "Mr Secret Patient"
 BODY = {"messages": [{"role": "user", "content": SECRET}], "vilam3": {"experts": False}}
@@ -73,7 +76,12 @@ def test_several_clients_at_once(server):
     assert len(set(found)) == 8 and one(3) == found[3]
 
 
-def test_a_client_that_leaves_frees_its_slot(small, slow):
+def test_a_client_that_leaves_frees_its_slot(small, slow, caplog):
+    with httpx.stream(
+        "POST", f"{small.url}/v1/chat/completions", json={**LONG, "stream": True}, timeout=60
+    ) as stream:
+        next(stream.iter_lines())
+    eventually(lambda: small.service.load == 0, seconds=60)  # what has to be compiled is
     for body in (LONG, {**LONG, "stream": True}):
         with httpx.Client(timeout=60) as client:
             if body.get("stream"):
@@ -85,6 +93,9 @@ def test_a_client_that_leaves_frees_its_slot(small, slow):
                     client.post(f"{small.url}/v1/chat/completions", json=body, timeout=0.5)
         eventually(lambda: small.service.load == 0, seconds=3)
     assert post(small, BODY).status_code == 200
+    text = httpx.get(f"{small.url}/metrics").text
+    assert 'route="/v1/chat/completions",status="499"' in text and 'status="500"' not in text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_full_queue(small, slow):
@@ -207,6 +218,56 @@ def test_a_failure_inside_is_a_clear_500(small, monkeypatch, caplog):
     assert code_of(failed) == (500, "internal_error") and "Secret" not in failed.text
     assert failed.headers["x-request-id"] in caplog.text and "RuntimeError" in caplog.text
     assert "Secret" not in caplog.text
+
+
+def test_a_client_that_stops_reading_is_left(small, monkeypatch):
+    monkeypatch.setattr("vilam3_jax.serving.http._SEND_SECONDS", 0.2)
+    ended = []
+
+    async def never(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def stream(scope, receive, send):
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"data", "more_body": True})
+        finally:
+            ended.append(scope["path"])
+
+    async def run():
+        scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+        await Observer(stream, small.service.metrics)(scope, never, never)
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert ended == ["/x"]
+
+
+def test_bodies_and_uploads_that_are_being_received_are_limited(assistant):
+    limits = dict(queue=2, max_upload=2 << 20, upload_space=2 << 20)
+    with (
+        serve(assistant, model="tiny", max_new_tokens=2, **limits) as running,
+        contextlib.ExitStack() as stack,
+    ):
+        address = running.url.removeprefix("http://").split(":")
+
+        def begin(path, kind, data):
+            connection = stack.enter_context(socket.create_connection((address[0], int(address[1]))))
+            head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: 999\r\n\r\n"
+            connection.sendall(head.encode() + data)
+            return connection
+
+        halves = [begin("/v1/chat/completions", "application/json", b"{") for _ in range(2)]
+        eventually(lambda: running.service.bodies._free == 0)
+        assert code_of(post(running, BODY)) == (429, "busy")
+        halves.append(begin("/v1/files", "multipart/form-data; boundary=b", b"--b\r\n"))
+        eventually(lambda: running.service.uploads._free == 0)
+        large = {"file": ("a", bytes(2 << 20))}  # more than the buffers of a connection
+        assert code_of(httpx.post(f"{running.url}/v1/files", files=large, timeout=60)) == (429, "busy")
+        for connection in halves:
+            connection.close()
+        eventually(lambda: running.service.bodies._free == 2 and running.service.uploads._free == 1)
+        assert post(running, BODY).status_code == 200
 
 
 def test_half_a_request_hurts_nobody(small):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import shutil
 
 import httpx2 as httpx
 import nibabel
@@ -25,6 +26,7 @@ from vilam3_jax.serving import fetch_page
 from vilam3_jax.serving.app import PAGE
 from vilam3_jax.serving.errors import ApiError
 from vilam3_jax.serving.masks import MaskStore
+from vilam3_jax.serving.samples import samples_of
 from vilam3_jax.serving.viewing import SliceQuery
 
 CHAT = "/v1/chat/completions"
@@ -314,6 +316,58 @@ def test_the_model_tells_what_the_page_needs(http, assistant):
     assert [card["name"] for card in extra["cards"]] == extra["experts"] == [c.name for c in assistant.cards]
     assert all(extra["questions"][kind] for kind in ("CT", "MR", "CR", "other", ""))
     assert extra["niivue"] == (PAGE / "vendor/niivue.js").is_file()
+
+
+def test_samples_are_stored_like_uploads(assistant, world, tmp_path):
+    folder = tmp_path / "samples"
+    with pytest.raises(UserError, match="no such folder"):
+        samples_of(str(folder))
+    folder.mkdir()
+    (folder / ".hidden").write_bytes(b"x")
+    with pytest.raises(UserError, match="holds no files"):
+        samples_of(str(folder))
+    for path in (world.volume, world.film):
+        shutil.copy(path, folder)
+    (folder / "notes.txt").write_text("hello")
+    samples = samples_of(str(folder))
+    running = serve(assistant, model="tiny", samples=samples)
+    with running as running, httpx.Client(base_url=running.url, timeout=60) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        named = {one["name"]: one["id"] for one in model["vilam3"]["samples"]}
+        assert set(named) == {"film", "notes", "scan"}
+        for name, path in (("film", world.film), ("scan", world.volume)):
+            stored = client.post(f"/v1/samples/{named[name]}").json()
+            assert stored["bytes"] == path.stat().st_size and stored["filename"] == "scan"
+            assert client.get(f"/v1/files/{stored['id']}/view").status_code == 200
+            assert client.delete(f"/v1/files/{stored['id']}").json()["deleted"]
+            assert path.exists() and (folder / path.name).exists()
+        refused(client.post(f"/v1/samples/{named['notes']}"), "text file")
+        for name in ("sample-3", "sample-", "sample-٣", "sample-9999999", "..%2ffilm.png"):
+            refused(client.post(f"/v1/samples/{name}"), status=404)
+        (folder / world.film.name).unlink()
+        refused(client.post(f"/v1/samples/{named['film']}"), "cannot be read", status=503)
+
+
+def test_sequences_of_one_head_are_on_one_grid(http, world, tmp_path):
+    other = tmp_path / "other.nii.gz"
+    volume = nibabel.load(world.volume)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(volume.dataobj)[:, :, :8], volume.affine), other)
+    first, second = uploaded(http, world.volume), uploaded(http, world.volume)
+    third = uploaded(http, other)
+
+    def asked(*images):
+        parts = [
+            {"type": "image_url", "image_url": {"url": name}, "vilam3": {"role": role, "modality": "MR"}}
+            for role, name in images
+        ]
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": "Is there a tumor?"}]}
+        return http.post(CHAT, json={"messages": [message], "max_tokens": 1})
+
+    found = asked(("t1c", first), ("flair", second))
+    assert found.status_code == 200, found.text
+    assert found.json()["vilam3"]["description"].startswith("t1c: axial slice 8 of 0 to 15")
+    refused(asked(("t1c", first), ("flair", third)), "scans of one grid")
+    refused(asked(("t1c", first), ("t1c", second)), "same role")
 
 
 def test_another_archive_than_the_pinned_one_is_refused(tmp_path):

@@ -6,6 +6,8 @@ import hashlib
 import shutil
 import time
 
+import nibabel
+import numpy as np
 import pytest
 
 from tests.serving.conftest import KEY, serve
@@ -17,8 +19,9 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.inference import agent
 from vilam3_jax.serving import app, fetch_page
 from vilam3_jax.serving.app import PAGE
+from vilam3_jax.serving.samples import samples_of
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e .[browser]")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
@@ -132,7 +135,7 @@ def asked(open_page, world, calls_organs, slow_expert):  # noqa: F811
     return asked
 
 
-def test_a_ct_is_looked_at_and_asked_about(asked):
+def test_a_ct_is_looked_at_and_asked_about(asked, server):
     page, body = asked()
     (message,) = body["messages"]
     part = message["content"][0]
@@ -159,12 +162,17 @@ def test_a_ct_is_looked_at_and_asked_about(asked):
     assert page.locator(".behind").inner_text().startswith("Behind the scenes")
     assert "<ORGANS(organs)>" in page.locator(".behind pre").nth(2).inner_text()
 
+    assert body["store"] and "previous" not in body["vilam3"]
     follow = ask(page, "Are you sure?")
-    assert [one["role"] for one in follow["messages"]] == ["user", "assistant", "user"]
-    assert follow["messages"][0] == message and follow["messages"][1]["content"] == answer
-    assert follow["messages"][2]["content"] == "Are you sure?"
+    assert follow["messages"] == [{"role": "user", "content": "Are you sure?"}]
+    assert follow["vilam3"]["previous"].startswith("chatcmpl-")
     done(page)
     assert page.locator(".exchange").count() == 2
+    known = page.locator(".exchange").nth(1).locator(".known")
+    assert "Known from before: ORGANS(organs)" in known.inner_text() and "liver, 7.7 ml" in known.inner_text()
+    known.get_by_role("button", name="Show this mask").click()
+    shown(page, "axial slice 2 mask")
+    assert follow["vilam3"]["previous"] not in server.service.dialogues, "only the last answer is kept"
     with page.expect_download() as download:
         page.get_by_role("button", name="Download transcript").click()
     text = download.value.path().read_text()
@@ -235,6 +243,79 @@ def test_a_film_and_files_that_cannot_be_read(open_page, world, tmp_path):
     page.evaluate(drop, ["scan.nii.gz", list(world.volume.read_bytes())])
     shown(page, "axial slice 8")
     assert not page.locator("#problem").is_visible()
+
+
+def test_samples_and_sampling(open_page, assistant, world, tmp_path):
+    for name, path in (("chest", world.film), ("liver", world.volume)):
+        shutil.copy(path, tmp_path / (name + path.name.removeprefix(path.name.partition(".")[0])))
+    with serve(assistant, model="tiny", max_new_tokens=8, samples=samples_of(str(tmp_path))) as running:
+        page = open_page(url=running.url)
+        samples = page.get_by_role("group", name="Samples:")
+        samples.get_by_role("button", name="liver").click()
+        shown(page, "axial slice 8")
+        assert "liver: NIfTI volume" in page.locator("#upload").inner_text()
+        samples.get_by_role("button", name="chest").click()
+        shown(page, "uploaded image")
+        eventually_one_file(running)
+        page.locator("summary", has_text="Sampling").click()
+        for label, value in (
+            ("Temperature", "0.7"),
+            ("Top p", "0.9"),
+            ("Seed", "5"),
+            ("Maximum tokens", "3"),
+        ):
+            page.get_by_label(label).fill(value)
+        body = ask(page, "What is it?")
+        assert (body["temperature"], body["top_p"], body["seed"], body["max_tokens"]) == (0.7, 0.9, 5, 3)
+        done(page)
+        page.get_by_label("Top p").fill("7")
+        page.get_by_label("Your question").fill("And now?")
+        page.keyboard.press("Enter")
+        assert page.locator(".exchange").count() == 1, "values out of range are not sent"
+
+
+def eventually_one_file(running):
+    until = time.monotonic() + 20
+    while len(running.service.store) != 1:
+        assert time.monotonic() < until, "the page deletes what it no longer shows"
+        time.sleep(0.05)
+
+
+def test_sequences_of_one_head(open_page, world, tmp_path):
+    page = open_page()
+    paths = [tmp_path / f"case_{name}.nii.gz" for name in ("t1gd", "flair", "t2")]
+    for path in paths:
+        shutil.copy(world.volume, path)
+    upload(page, paths[0], "axial slice 8")
+    page.get_by_label("Modality").select_option("MR")
+    page.locator("#index").fill("5")
+    shown(page, "axial slice 5")
+    assert not page.locator("#sequence-list").is_visible()
+    for count, path in enumerate(paths[1:], start=2):
+        page.set_input_files("#more", path)
+        page.wait_for_selector(f"#sequence-list li:nth-child({count}):last-child")
+    shown(page, "axial slice 5")
+    rows = page.locator("#sequence-list li")
+    assert [rows.nth(n).locator("select").input_value() for n in range(3)] == ["t1c", "flair", "t2"]
+    rows.nth(2).locator("select").select_option("flair")
+    assert [rows.nth(n).locator("select").input_value() for n in range(3)] == ["t1c", "t2", "flair"]
+    rows.nth(0).get_by_role("button", name="case_t1gd.nii.gz", exact=True).click()
+    page.wait_for_selector('#sequence-list li:nth-child(1) [aria-pressed="true"]')
+    rows.nth(1).get_by_role("button", name="Remove").click()
+    page.wait_for_selector("#sequence-list li:nth-child(2):last-child")
+    body = ask(page, "Is there a brain tumor?")
+    parts = [part["vilam3"] for part in body["messages"][0]["content"][:-1]]
+    view = {"axis": "axial", "slice": 5, "modality": "MR"}
+    assert parts == [{**view, "role": "t1c"}, {**view, "role": "flair"}]
+    done(page)
+    assert "of 2 sequences" in page.locator(".asked").inner_text()
+    page.screenshot(path=tmp_path / "sequences.png", full_page=True)
+    other = tmp_path / "other_t1.nii.gz"
+    volume = nibabel.load(world.volume)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(volume.dataobj)[:, :, :8], volume.affine), other)
+    page.set_input_files("#more", other)
+    page.wait_for_selector("#problem >> text=24 × 20 × 16 voxels")
+    assert rows.count() == 2
 
 
 def test_an_answer_is_cancelled(asked, server):

@@ -379,7 +379,7 @@ class Assistant:
         def read() -> list[Scan]:
             named = image if isinstance(image, Mapping) else {"": image}
             scans = [dataclasses.replace(open_image(i, size, **options), role=r) for r, i in named.items()]
-            _check_grid(scans)
+            check_grid(scans)
             return scans
 
         return _read_alike(read)
@@ -553,7 +553,7 @@ def _read_alike(read: Callable[[], list[Scan]]) -> list[Scan]:
     return scans
 
 
-def _check_grid(scans: Sequence[Scan]) -> None:
+def check_grid(scans: Sequence[Scan]) -> None:
     """Raises UserError if there are no scans, or if the scans show different slices."""
     if not scans:
         raise UserError("no image was given; pass an image, or a dict from role to image")

@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
     for name, text in texts.items():
         least = 0 if name == "images" else 1
         flags.DEFINE_integer(name, getattr(Workload, name), f"--generate: {text}.", least, flag_values=values)
-    purpose = "Compiles the training step for TPUs on this CPU: memory, speed, cost. Needs libtpu."
+    purpose = "Compiles training, or generation, for TPUs on this CPU: memory, speed, cost. Needs libtpu."
     if text := config_lib.usage(argv, "plan", "--topology=NAME[,NAME ...]", purpose, values):
         print(text)
         return 0
@@ -183,6 +183,15 @@ def main(argv: Sequence[str]) -> int:
     price = cast("float | None", values["price"].value)
     if price is not None and not math.isfinite(price):
         raise UserError(f"--price={price}: must be a number")
+    if not values["generate"].value:
+        if given := [name for name in texts if values[name].present]:
+            raise UserError(f"--{given[0]} needs --generate")
+    elif values["search"].value:
+        raise UserError("--search plans training; leave out --search or --generate")
+    elif config.task != "generative":
+        raise UserError(
+            f"--generate: {config.name} trains a model that generates no text; name a later stage"
+        )
     plans: list[Plan] | list[GenerationPlan] = []
     for topology in wanted:
         plans += _answer(config, topology, cache, price, values)

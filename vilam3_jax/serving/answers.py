@@ -22,7 +22,7 @@ from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.tokenizer import Tokenizer
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.inference import batching
-from vilam3_jax.inference.agent import Event
+from vilam3_jax.inference.agent import Event, Transcript
 from vilam3_jax.inference.assistant import Assistant, Reply
 from vilam3_jax.inference.generate import Decoded
 from vilam3_jax.inference.stop_texts import certain, until_stop
@@ -73,6 +73,7 @@ class Answer:
       tokens: (text, log-probability) of the last turn of the model; None if they were not asked for.
       image, overlay: data URLs of the image as shown to the model and of an expert's overlay, if asked for.
       transcript: the turns since the question, cards included, if asked for.
+      known: (expert, arguments) of the earlier calls whose results the model knows.
     """
 
     text: str
@@ -84,6 +85,7 @@ class Answer:
     image: str | None = None
     overlay: str | None = None
     transcript: tuple[dict[str, Any], ...] | None = None
+    known: tuple[tuple[str, str], ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -97,6 +99,7 @@ class Answer:
         return {
             "description": self.reply.description,
             "notes": list(self.notes),
+            "known": [{"name": name, "args": args} for name, args in self.known],
             **{name: value for name, value in asked.items() if value is not None},
         }
 
@@ -167,6 +170,7 @@ class AnswerText:
 async def answer(
     ask: Ask,
     dialogue: Dialogue,
+    kept: Transcript | None,
     assistant: Assistant,
     engine: Engine,
     *,
@@ -177,8 +181,9 @@ async def answer(
 ) -> AsyncGenerator[Step | Answer, None]:
     """Yields what happens (only if `stream`), and at last the answer; closing it frees the row.
 
-    `clean` removes paths from messages for the client. `keep` keeps the label map of a result, and returns
-    what the client learns of it. Raises what `Engine.submit` and its future raise.
+    `kept` is the dialogue that the question continues, if the server has it. `clean` removes paths from
+    messages for the client. `keep` keeps the label map of a result, and returns what the client learns of it.
+    Raises what `Engine.submit` and its future raise.
     """
     loop = asyncio.get_running_loop()
     happened: asyncio.Queue[Event | Future[Reply]] = asyncio.Queue()
@@ -188,7 +193,7 @@ async def answer(
             loop.call_soon_threadsafe(happened.put_nowait, item)
 
     experts = ask.options.experts
-    earlier = await asyncio.to_thread(
+    earlier = kept or await asyncio.to_thread(
         assistant.replay, dialogue.exchanges, system=dialogue.system, experts=experts
     )
     observed, calls = Observed(ask.stops), _Calls(clean, keep)
@@ -240,6 +245,7 @@ async def answer(
         image=await asyncio.to_thread(_png_url, reply.image) if images else None,
         overlay=await asyncio.to_thread(_png_url, reply.overlay) if images else None,
         transcript=_transcript(reply, clean) if ask.options.transcript else None,
+        known=_known(reply.transcript),
     )
 
 
@@ -296,6 +302,12 @@ class _Calls:
 
     def all(self, annotations: Sequence[Annotation]) -> tuple[dict[str, Any], ...]:
         return tuple(map(self.done, annotations))
+
+
+def _known(transcript: Transcript) -> tuple[tuple[str, str], ...]:
+    """The calls before this question, each once."""
+    earlier = len(transcript.results) - len(transcript.annotations)
+    return tuple(dict.fromkeys((call.expert, call.args) for call, _ in transcript.results[:earlier]))
 
 
 def _transcript(reply: Reply, clean: Callable[[str], str]) -> tuple[dict[str, Any], ...]:

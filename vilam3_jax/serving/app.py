@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import math
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,19 +25,22 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vilam3_jax.data.experts.cards import Card
-from vilam3_jax.errors import UserError
-from vilam3_jax.serving import chat_api, http, metrics, responses_api, slicer
+from vilam3_jax.errors import UnavailableError, UserError
+from vilam3_jax.serving import chat_api, http, metrics, openapi, responses_api, slicer
 from vilam3_jax.serving.answers import Answer, Step
 from vilam3_jax.serving.errors import ApiError, as_api_error, bad_request, error_response
+from vilam3_jax.serving.fields import Fields
 from vilam3_jax.serving.files import StoredFile, file_object
 from vilam3_jax.serving.inputs import Ask
 from vilam3_jax.serving.masks import Mask
+from vilam3_jax.serving.samples import Sample
 from vilam3_jax.serving.service import Service
 from vilam3_jax.serving.viewing import slice_query
 
 PAGE = Path(__file__).with_name("page")
 NIIVUE = "vendor/niivue.js"
 _PING_SECONDS = 15.0
+_KEEP_ALIVE_SECONDS = 60  # longer than clients keep idle connections, or they would send into a closing one
 _MAX_FIELDS = 8
 _MAX_FIELD_BYTES = 1 << 16
 
@@ -54,7 +58,9 @@ T = TypeVar("T")
 
 
 class Writer(Protocol):
-    """Writes an answer in the form of an interface."""
+    """Writes an answer in the form of an interface; `id` is the answer's."""
+
+    id: str
 
     def whole(self, answer: Answer) -> dict[str, Any]: ...
 
@@ -86,14 +92,18 @@ class Api:
         return [
             _route("/healthz", self.health, "GET"),
             _route("/metrics", self.metrics, "GET"),
+            _route("/openapi.json", self.openapi, "GET"),
             _route("/v1/models", self.models, "GET"),
             _route("/v1/models/{model:path}", self.model, "GET"),
             # The module for 3D Slicer adds a slash.
             *(_route(f"/v1/chat/completions{end}", self.any_chat, "POST") for end in ("", "/")),
             _route("/info/", self.info, "GET"),
             _route("/upload/", self.slicer_upload, "POST"),
+            _route("/v1/chat/completions/{answer}", self.forget, "DELETE"),
             _route("/v1/responses", self.responses, "POST"),
+            _route("/v1/responses/{answer}", self.forget, "DELETE"),
             _route("/v1/files", self.upload, "POST"),
+            _route("/v1/samples/{sample}", self.sample, "POST"),
             _route("/v1/files/{file}", self.file, "GET", "DELETE"),
             _route("/v1/files/{file}/view", self.view, "GET"),
             _route("/v1/files/{file}/slice", self.slice, "GET"),
@@ -116,6 +126,10 @@ class Api:
         """Prometheus' text format."""
         return Response(self._service.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
+    async def openapi(self, _: Request) -> Response:
+        """The description of this interface."""
+        return JSONResponse(openapi.document())
+
     async def models(self, _: Request) -> Response:
         """The only model, as a list."""
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -132,6 +146,7 @@ class Api:
             "max_length": service.max_length,
             "cards": [_card(card) for card in service.assistant.cards] if service.experts else [],
             "questions": QUESTIONS,
+            "samples": [sample.describe(number) for number, sample in enumerate(service.settings.samples)],
             "niivue": (PAGE / NIIVUE).is_file(),
         }
         head = {"id": service.settings.model, "object": "model", "created": service.started}
@@ -139,7 +154,7 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """Chat completions."""
-        body = await http.read_json(request)
+        body = await self._body(request)
         stream, usage = chat_api.wants_stream(body)
         writer = chat_api.ChatWriter(self._service.settings.model, usage=usage)
         check = functools.partial(chat_api.check, body, self._service)
@@ -147,10 +162,20 @@ class Api:
 
     async def responses(self, request: Request) -> Response:
         """Responses."""
-        body = await http.read_json(request)
-        writer = responses_api.ResponsesWriter(self._service.settings.model)
+        body = await self._body(request)
+        previous = body.text("previous_response_id") if body.has("previous_response_id") else None
+        writer = responses_api.ResponsesWriter(
+            self._service.settings.model, store=body.flag("store", False), previous=previous
+        )
         check = functools.partial(responses_api.check, body, self._service)
         return await self._answer(request, check, writer, stream=body.flag("stream", False))
+
+    async def forget(self, request: Request) -> Response:
+        """Forgets a dialogue that was kept."""
+        name = request.path_params["answer"]
+        self._service.dialogues.delete(name, request.scope["vilam3.owner"])
+        kind = "chat.completion.deleted" if name.startswith("chatcmpl-") else "response.deleted"
+        return JSONResponse({"id": name, "object": kind, "deleted": True})
 
     async def info(self, _: Request) -> Response:
         """What the module for 3D Slicer asks first."""
@@ -181,12 +206,17 @@ class Api:
         check = functools.partial(slicer.check, query["Prompt"], file, self._service)
         return await self._answer(request, check, writer, stream=stream, done=True)
 
+    async def _body(self, request: Request) -> Fields:
+        """The JSON of a request."""
+        async with http.place(self._service.bodies, request):
+            return await http.read_json(request)
+
     async def _answer(
         self, request: Request, check: Callable[[], Ask], writer: Writer, *, stream: bool, done: bool = False
     ) -> Response:
         """Answers at once, or as a stream of events that may end with `[DONE]`."""
         owner, request_id = request.scope["vilam3.owner"], request.scope["vilam3.request_id"]
-        happening = self._service.answer(check, owner, stream=stream, request=request_id)
+        happening = self._service.answer(check, owner, writer.id, stream=stream, request=request_id)
         if not stream:
             answer = await http.while_connected(request, _last(happening))
             return JSONResponse(writer.whole(answer))
@@ -233,6 +263,10 @@ class Api:
         """The response of an error that an endpoint raised."""
         return error_response(self._refusal(request, error))
 
+    async def left(self, *_: object) -> Response:
+        """Ends a request whose client left; the status is for the log and the metrics."""
+        return Response(status_code=http.CLIENT_LEFT)
+
     async def refuse_http(self, request: Request, error: Exception) -> Response:
         """The response of an error of the framework: no such route, wrong method, malformed form."""
         assert isinstance(error, HTTPException)
@@ -249,6 +283,24 @@ class Api:
         """Stores a file."""
         async with self._form(request) as form:
             return JSONResponse(file_object(await self._stored(form, request)))
+
+    async def sample(self, request: Request) -> Response:
+        """Stores a copy of a sample, as if the client had uploaded it."""
+        found = re.fullmatch(r"sample-(\d{1,6})", request.path_params["sample"], re.ASCII)
+        samples = self._service.settings.samples
+        if found is None or int(found[1]) >= len(samples):
+            raise ApiError(404, "no such sample; GET /v1/models lists them", "no_such_sample")
+        work = functools.partial(self._store_sample, samples[int(found[1])], request.scope["vilam3.owner"])
+        return JSONResponse(file_object(await asyncio.to_thread(work)))
+
+    def _store_sample(self, sample: Sample, owner: str) -> StoredFile:
+        try:
+            with sample.path.open("rb") as file:
+                return self._service.store.add(file, owner)
+        except OSError as error:
+            raise UnavailableError(
+                f"the sample {sample.name} cannot be read; tell who runs the server"
+            ) from error
 
     async def file(self, request: Request) -> Response:
         """Describes or deletes a file."""
@@ -301,13 +353,15 @@ class Api:
     @contextlib.asynccontextmanager
     async def _form(self, request: Request) -> AsyncIterator[FormData]:
         """The form of a request, whose files exist until the block ends."""
-        form = await http.in_time(
-            request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+        reading = functools.partial(
+            request.form, max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
         )
-        try:
-            yield form
-        finally:
-            await form.close()
+        async with http.place(self._service.uploads, request):
+            form = await http.in_time(reading())
+            try:
+                yield form
+            finally:
+                await form.close()
 
     async def _stored(self, form: FormData, request: Request) -> StoredFile:
         """The file of a form, stored."""
@@ -394,6 +448,7 @@ def make_server(service: Service) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(service.settings.drain) + 1,
     )
     return uvicorn.Server(config)
@@ -415,7 +470,12 @@ def make_app(service: Service) -> ASGIApp:
     app: ASGIApp = Starlette(
         routes=api.routes(),
         lifespan=lifespan,
-        exception_handlers={HTTPException: api.refuse_http, UserError: api.refuse, Exception: api.refuse},
+        exception_handlers={
+            HTTPException: api.refuse_http,
+            http.ClientLeft: api.left,
+            UserError: api.refuse,
+            Exception: api.refuse,
+        },
     )
     settings = service.settings
     app = http.Guard(

@@ -21,10 +21,12 @@ _OTHER_ROLES = ("tool", "function")
 def check(body: Fields, service: Service) -> Ask:
     """Reads a request; raises `ApiError` naming the field and the fix."""
     service.check_model(body.text("model", service.settings.model))
-    options = inputs.options_of(body, experts=service.experts)
-    messages = body.objects("messages", limit=inputs.MAX_MESSAGES)
+    extra = body.object("vilam3") or Fields({}, "vilam3")
+    previous = extra.text("previous", "", limit=inputs.MAX_ID)
+    options = inputs.options_of(extra, experts=service.experts)
+    messages = [_said(one, options) for one in body.objects("messages", limit=inputs.MAX_MESSAGES)]
     ask = Ask(
-        said=inputs.dialogue_of([_said(one, options) for one in messages], service.max_length),
+        said=inputs.dialogue_of(messages, service.max_length, previous=previous),
         options=options,
         max_new_tokens=inputs.limit_of(
             body,
@@ -36,6 +38,8 @@ def check(body: Fields, service: Service) -> Ask:
         stops=inputs.stops_of(body),
         form=inputs.form_of(body, "response_format", nested=True),
         log_probs=body.flag("logprobs", False),
+        previous=previous,
+        store=body.flag("store", False),
     )
     body.ignore("stream", "stream_options")  # read by `wants_stream`
     body.only("top_logprobs", (0,), "only the log-probabilities of the chosen tokens are known")
@@ -46,10 +50,7 @@ def check(body: Fields, service: Service) -> Ask:
         body.only(name, (), "not supported")
     for name in ("tool_choice", "function_call"):
         body.only(name, ("none", "auto"), "not supported")
-    body.ignore(
-        "modalities", "store", "metadata", "user", "safety_identifier", "prompt_cache_key", "service_tier"
-    )
-    body.ignore("parallel_tool_calls", "reasoning_effort", "verbosity", "prompt_cache_retention")
+    body.ignore(*inputs.LABELS, "modalities", "reasoning_effort", "verbosity")
     body.finish()
     return ask
 
@@ -118,7 +119,8 @@ class ChatWriter:
     def __init__(self, model: str, *, usage: bool = False):
         """`usage`: whether the last chunk of a stream has it."""
         self._usage = usage
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.id = f"chatcmpl-{secrets.token_hex(16)}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The body of an answer that is not streamed."""

@@ -161,7 +161,9 @@ class Fields:
     def only(self, key: str, neutral: Collection[Any], why: str) -> None:
         """Refuses a field of OpenAI's interface unless its value asks for nothing."""
         value = self.take(key)
-        if value is None or value in ({}, []) or (not isinstance(value, (dict, list)) and value in neutral):
+        if value is None or (value in ({}, []) and not neutral):
+            return
+        if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
             return
         raise ApiError(400, f"{self.name(key)}: {why}; leave it out", "unsupported", param=self.name(key))
 

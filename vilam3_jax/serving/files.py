@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -13,7 +14,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +31,8 @@ _RATIO_FROM = 16 << 20  # unpacked bytes from which the ratio is checked
 _SKIPPED = re.compile(r"(^|/)__MACOSX/|(^|/)(\.[^/]*|DICOMDIR|Thumbs\.db)$", re.IGNORECASE)
 _ID = re.compile(r"file-[A-Za-z0-9_-]{32}")
 _NAME = "scan"  # of every stored file, in messages and descriptions
-_KEPT_VIEWS = 32
+_VIEW_BYTES = 1 << 29
+_MAX_FILES = 10_000  # small ones take memory, too
 _LONGEST_REQUEST = 3600.0  # seconds, after which files of one request were left by a client that went
 
 
@@ -46,7 +48,6 @@ class StoredFile:
       owner: who may use it.
       created: Unix time.
       expires: Unix time of its deletion.
-      views: what was read of it, by options; dies with the file.
       shown: what the page shows of it, see `viewing.Viewer`, or None; dies with the file.
       deleted: whether the file is gone.
     """
@@ -58,16 +59,49 @@ class StoredFile:
     owner: str
     created: float
     expires: float
-    views: dict[Any, Any] = dataclasses.field(default_factory=dict)
     shown: Any = None
     deleted: bool = False
 
-    def keep_view(self, key: Any, view: Any) -> None:
-        """Remembers what was read, up to a few views."""
-        while len(self.views) >= _KEPT_VIEWS:
-            with contextlib.suppress(StopIteration, KeyError, RuntimeError):
-                del self.views[next(iter(self.views))]
-        self.views[key] = view
+
+class Views:
+    """What was read of files, by options, up to some bytes; thread-safe. It dies with its file."""
+
+    def __init__(self, max_bytes: int = _VIEW_BYTES):
+        """The views that were used first go beyond `max_bytes`."""
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._found: collections.OrderedDict[tuple[str, Hashable], tuple[Any, int]] = (
+            collections.OrderedDict()
+        )
+        self._lock = threading.Lock()
+
+    def get(self, stored: StoredFile, key: Hashable) -> Any:
+        """What was kept, or None."""
+        with self._lock:
+            found = self._found.get((stored.id, key))
+            if found is None:
+                return None
+            self._found.move_to_end((stored.id, key))
+            return found[0]
+
+    def keep(self, stored: StoredFile, key: Hashable, view: Any, size: int) -> None:
+        """Remembers a view of `size` bytes, unless it is too large or its file is gone."""
+        with self._lock:
+            if stored.deleted or size > self._max_bytes or (stored.id, key) in self._found:
+                return
+            self._found[stored.id, key] = view, size
+            self._bytes += size
+            while self._bytes > self._max_bytes:
+                self._drop(next(iter(self._found)))
+
+    def forget(self, stored: StoredFile) -> None:
+        """Forgets the views of a file that is deleted."""
+        with self._lock:
+            stored.deleted = True
+            for name in [name for name in self._found if name[0] == stored.id]:
+                self._drop(name)
+
+    def _drop(self, name: tuple[str, Hashable]) -> None:
+        self._bytes -= self._found.pop(name)[1]
 
 
 class FileStore:
@@ -82,6 +116,7 @@ class FileStore:
           space: limit of all files, unpacked.
         """
         self.max_bytes = max_bytes
+        self.views = Views()
         self._seconds, self._space = seconds, space
         self._root = Path(tempfile.mkdtemp(prefix="vilam3-files-"))  # for this user alone
         self._files: dict[str, StoredFile] = {}
@@ -113,7 +148,7 @@ class FileStore:
         except BaseException as error:
             self._remove(token)
             if isinstance(error, OSError):
-                raise UnavailableError("the server cannot store files now; tell who runs it") from error
+                raise _cannot_store() from error
             if isinstance(error, UnavailableError):
                 raise UnavailableError(self.without_paths(str(error))) from None
             if isinstance(error, UserError) and not isinstance(error, ApiError):
@@ -132,7 +167,10 @@ class FileStore:
         try:
             self._reserve(token, len(data))
             path = folder / _NAME
-            path.write_bytes(data)
+            try:
+                path.write_bytes(data)
+            except OSError as error:
+                raise _cannot_store() from error
             yield path
         finally:
             self._remove(token)
@@ -187,16 +225,22 @@ class FileStore:
         """A new name and its folder."""
         token = secrets.token_urlsafe(24)
         folder = self._root / token
-        folder.mkdir(mode=0o700)
         with self._lock:
+            if len(self._begun) >= _MAX_FILES:
+                raise _no_space("the server has too many files")
             self._begun[token] = time.time()
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            self._remove(token)
+            raise _cannot_store() from error
         return token, folder
 
     def _drop(self, stored: StoredFile) -> None:
         with self._lock:
             self._files.pop(stored.id, None)
-        stored.views.clear()
-        stored.deleted, stored.shown = True, None
+        self.views.forget(stored)
+        stored.shown = None
         self._remove(stored.id.removeprefix("file-"))
 
     def _remove(self, token: str) -> None:
@@ -209,12 +253,7 @@ class FileStore:
         """Counts bytes before they are written."""
         with self._lock:
             if sum(self._sizes.values()) + count > self._space:
-                raise ApiError(
-                    429,
-                    "the server's space for uploads is full; delete files, or try again later",
-                    "no_space",
-                    retry=60,
-                )
+                raise _no_space("the server's space for uploads is full")
             self._sizes[token] = self._sizes.get(token, 0) + count
 
     def _copy(self, token: str, source: IO[bytes], path: Path, limit: int) -> int:
@@ -288,6 +327,14 @@ class FileStore:
         if kind.reader is None:
             raise file_kinds.refusal(path, kind)
         return kind.name
+
+
+def _cannot_store() -> UnavailableError:
+    return UnavailableError("the server cannot store files now; tell who runs it")
+
+
+def _no_space(problem: str) -> ApiError:
+    return ApiError(429, f"{problem}; delete files, or try again later", "no_space", retry=60)
 
 
 def file_object(stored: StoredFile) -> dict[str, Any]:

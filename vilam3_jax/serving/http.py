@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -17,15 +18,19 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vilam3_jax.serving.engine import BusyError
 from vilam3_jax.serving.errors import ApiError, as_api_error, error_response
 from vilam3_jax.serving.fields import Fields, parse_json
 from vilam3_jax.serving.metrics import Metrics
-from vilam3_jax.serving.service import Settings
+from vilam3_jax.serving.service import Places, Settings
 
 _LOG = logging.getLogger(__name__)
 _BODY_SECONDS = 60.0
 _UPLOAD_SECONDS = 900.0
+_DISCARD_BYTES, _DISCARD_SECONDS = 16 << 20, 10.0  # of the body of a request that is refused
+_SEND_SECONDS = 60.0  # in which a client must read on
 _UPLOAD_SLACK = 1 << 20  # bytes of a form around its file
+CLIENT_LEFT = 499  # the status of nginx for it; nobody receives it
 PAGE_PATH = "/page/"
 _OPEN_PATHS = ("/", "/healthz")  # without an API key, as the page, which asks for one
 _SECURITY_HEADERS = {
@@ -45,7 +50,7 @@ T = TypeVar("T")
 
 
 class ClientLeft(Exception):
-    """The client closed the connection before its answer."""
+    """The client closed the connection before the answer began."""
 
 
 class Observer:
@@ -72,12 +77,16 @@ class Observer:
                     headers.setdefault(name, value)
                 is_page = headers.get("content-type", "").startswith("text/html")
                 headers.setdefault("Content-Security-Policy", _PAGE_POLICY if is_page else _API_POLICY)
-            await send(message)
+            try:
+                async with asyncio.timeout(_SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
 
         try:
             await self._app(scope, receive, observed)
-        except (ClientLeft, ClientDisconnect):
-            status = 499  # as nginx logs it; nobody receives it
+        except ClientDisconnect:
+            status = CLIENT_LEFT
         except Exception as error:
             log_failure(error, scope)
             if not status:
@@ -85,9 +94,9 @@ class Observer:
         finally:
             route = scope.get("vilam3.route", "other")
             seconds = time.monotonic() - started
-            self._metrics.request(route, status or 499, seconds)
+            self._metrics.request(route, status or CLIENT_LEFT, seconds)
             # Paths and queries may hold what a user wrote.
-            _LOG.info("%s %s %s %d %.3fs", request_id, scope["method"], route, status or 499, seconds)
+            _LOG.info("%s %s %s %d %.3fs", request_id, scope["method"], route, status or CLIENT_LEFT, seconds)
 
 
 def log_failure(error: BaseException, scope: Scope) -> None:
@@ -193,12 +202,34 @@ async def read_json(request: Request) -> Fields:
 
 
 async def in_time(reading: Awaitable[T], seconds: float = _UPLOAD_SECONDS) -> T:
-    """Waits for a body; raises `ApiError` (408) if it takes too long."""
+    """Waits for a body; raises `ApiError` (408) if it takes too long, and `ClientLeft`."""
     try:
         async with asyncio.timeout(seconds):
             return await reading
     except TimeoutError:
         raise ApiError(408, "the body came too slowly; send it again", "timeout") from None
+    except ClientDisconnect:
+        raise ClientLeft from None
+
+
+@contextlib.asynccontextmanager
+async def place(places: Places, request: Request) -> AsyncIterator[None]:
+    """Takes a place for a body; raises `BusyError` without one.
+
+    A small body is read before: a client that still sends would see a closed connection, not the refusal.
+    """
+    try:
+        taken = places.take()
+    except BusyError:
+        with contextlib.suppress(TimeoutError, ClientDisconnect):
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                read = 0
+                async for chunk in request.stream():
+                    if (read := read + len(chunk)) > _DISCARD_BYTES:
+                        break
+        raise
+    with taken:
+        yield
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

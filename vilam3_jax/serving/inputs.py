@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vilam3_jax.data import file_kinds
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.data.volumes import AXES
 from vilam3_jax.errors import UnavailableError, UserError
 from vilam3_jax.inference.agent import DEFAULT_MAX_NEW_TOKENS, Query
-from vilam3_jax.inference.assistant import Assistant
+from vilam3_jax.inference.assistant import Assistant, check_grid
 from vilam3_jax.inference.constraints import AnswerForm
 from vilam3_jax.inference.images import Scan, open_image
 from vilam3_jax.inference.sampling import GREEDY, Sampling
@@ -26,12 +27,18 @@ from vilam3_jax.serving.files import FileStore
 NO_EXPERTS = "this server has none; start it with --annotations or --expert_host"
 MAX_MESSAGES = 256
 MAX_PARTS = 64
+MAX_ID = 128  # characters
+# Fields of OpenAI's interfaces that change nothing here, such as labels of the client.
+LABELS = (
+    *("metadata", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
+    "parallel_tool_calls",
+)
 _MAX_IMAGES = 16
-_MAX_STOPS = 4
-_MAX_STOP_CHARACTERS = 200
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 200
 _CHARACTERS_PER_POSITION = 16  # of a long text; longer ones are refused before they are tokenized
-_MAX_SLICES = 16
-_MAX_NUMBER = 1_000_000
+MAX_SLICES = 16
+MAX_NUMBER = 1_000_000
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE | re.ASCII)
 _ROLE = re.compile(r"[a-z][a-z0-9]{0,15}")
 _HTTP = re.compile(r"\s*(https?|ftp|file):", re.IGNORECASE)
@@ -101,6 +108,8 @@ class Ask:
       stops: texts that end the answer; they are not part of it.
       form: of the answer, or None.
       log_probs: whether the answer holds the log-probabilities of its tokens.
+      previous: id of the answer that the question follows, whose dialogue was kept; "" for none.
+      store: whether the dialogue is kept, so that a question can follow.
     """
 
     said: tuple[Said, ...]
@@ -110,6 +119,8 @@ class Ask:
     stops: tuple[str, ...] = ()
     form: AnswerForm | None = None
     log_probs: bool = False
+    previous: str = ""
+    store: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +132,8 @@ class Dialogue:
     system: str
 
 
-def options_of(body: Fields, *, experts: bool) -> Options:
-    """Takes `vilam3`, which clients send in `extra_body`; `experts` is the default."""
-    fields = body.object("vilam3") or Fields({}, "vilam3")
+def options_of(fields: Fields, *, experts: bool) -> Options:
+    """Takes the rest of `vilam3`, which clients send in `extra_body`; `experts` is the default."""
     given = fields.flag("experts", experts)
     if given and not experts:
         raise fields.error("experts", NO_EXPERTS)
@@ -143,19 +153,19 @@ def view_of(fields: Fields) -> View:
     window = fields.take("window")
     if window is not None:
         numbers = isinstance(window, list) and len(window) == 2
-        if not numbers or not all(type(one) in (int, float) and abs(one) <= _MAX_NUMBER for one in window):
+        if not numbers or not all(type(one) in (int, float) and abs(one) <= MAX_NUMBER for one in window):
             raise fields.error("window", "must be [CENTRE, WIDTH], for example [50, 400]")
         if not window[1] > 0:
             raise fields.error("window", "the width must be above 0")
         window = (float(window[0]), float(window[1]))
     return View(
         axis=fields.choice("axis", sorted(AXES)) if fields.has("axis") else None,
-        index=fields.integer("slice", 0, _MAX_NUMBER),
-        slices=fields.integer("slices", 1, _MAX_SLICES) or 1,
+        index=fields.integer("slice", 0, MAX_NUMBER),
+        slices=fields.integer("slices", 1, MAX_SLICES) or 1,
         window=window,
         modality=fields.text("modality", limit=16) if fields.has("modality") else None,
         series=fields.text("series", limit=128) if fields.has("series") else None,
-        frame=fields.integer("frame", 0, _MAX_NUMBER),
+        frame=fields.integer("frame", 0, MAX_NUMBER),
     )
 
 
@@ -215,19 +225,19 @@ def sampling_of(body: Fields) -> Sampling:
 
 def limit_of(body: Fields, keys: Sequence[str], default: int, max_length: int) -> int:
     """Takes the limit of new tokens from the first of `keys` that is given."""
-    given = [body.integer(key, 1, _MAX_NUMBER) for key in keys]
+    given = [body.integer(key, 1, MAX_NUMBER) for key in keys]
     return min(next((one for one in given if one is not None), default), max_length)
 
 
 def stops_of(body: Fields) -> tuple[str, ...]:
     """Takes stop, a string or a list of up to four."""
     value = body.take("stop")
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(one, str) and one for one in stops):
         raise body.error("stop", "must be a string, or a list of strings that are not empty")
-    if len(stops) > _MAX_STOPS or any(len(one) > _MAX_STOP_CHARACTERS for one in stops):
+    if len(stops) > MAX_STOPS or any(len(one) > MAX_STOP_CHARACTERS for one in stops):
         raise body.error(
-            "stop", f"must be up to {_MAX_STOPS} strings of up to {_MAX_STOP_CHARACTERS} characters"
+            "stop", f"must be up to {MAX_STOPS} strings of up to {MAX_STOP_CHARACTERS} characters"
         )
     return tuple(dict.fromkeys(stops))
 
@@ -259,11 +269,14 @@ def form_of(body: Fields, key: str, *, nested: bool) -> AnswerForm | None:
         raise fields.error("schema", str(error)) from None
 
 
-def dialogue_of(messages: Sequence[Said], max_length: int) -> tuple[Said, ...]:
+def dialogue_of(messages: Sequence[Said], max_length: int, *, previous: str = "") -> tuple[Said, ...]:
     """Joins consecutive messages of one role, those of the system at the start, and checks their order.
 
+    `previous` is the id of the answer that they follow, or "".
+
     Raises:
-      ApiError: no question at the end, an empty one, or more text than the model can read.
+      ApiError: no question at the end, an empty one, more text than the model can read, or messages that a
+        kept dialogue has already.
     """
     size, limit = sum(len(one.text) for one in messages), max_length * _CHARACTERS_PER_POSITION
     if size > limit:
@@ -288,6 +301,11 @@ def dialogue_of(messages: Sequence[Said], max_length: int) -> tuple[Said, ...]:
         raise bad_request("the first message after the system's must be the user's")
     if not turns[-1].text.strip():
         raise bad_request("the question is empty; ask something")
+    if previous and len(joined) > 1:
+        raise bad_request(
+            "the dialogue so far was kept; send only the question that follows, or all messages without the "
+            "id of the previous answer"
+        )
     for one in turns:
         roles = [image.role for image in one.images if image.role]
         if len(set(roles)) < len(roles):
@@ -309,8 +327,8 @@ def read(
 
     def opened(part: ImagePart) -> Scan:
         stored = store.get(part.source, owner) if isinstance(part.source, str) else None
-        if stored is not None and part.view in stored.views:
-            return dataclasses.replace(stored.views[part.view], role=part.role)
+        if stored is not None and (seen := store.views.get(stored, part.view)) is not None:
+            return dataclasses.replace(seen, role=part.role)
         if isinstance(part.source, Path):
             path = part.source
         elif isinstance(part.source, bytes):
@@ -319,6 +337,8 @@ def read(
             assert stored is not None
             path = stored.path
         try:
+            if stored is None and file_kinds.identify(path).reader == "dicom":
+                raise UserError("DICOM is not read from data URLs; upload the file to /v1/files")
             scan = open_image(
                 path,
                 processor.kept_size,
@@ -331,7 +351,8 @@ def read(
         except UserError as error:
             raise bad_request(store.without_paths(str(error)), code="unusable_file") from None
         if stored is not None:
-            stored.keep_view(part.view, scan)
+            size = sum(image.nbytes for image in (scan.image, *scan.images)) + len(scan.png)
+            store.views.keep(stored, part.view, scan, size)
         return dataclasses.replace(scan, role=part.role)
 
     system = "".join(one.text for one in said if one.role == "system").strip()
@@ -340,6 +361,9 @@ def read(
         (Query(one.text.strip(), tuple(map(opened, one.images))) if one.role == "user" else None, one.text)
         for one in turns
     ]
+    for query, _ in asked:
+        if query is not None and len(sequences := [scan for scan in query.scans if scan.role]) > 1:
+            check_grid(sequences)
     questions = [query for query, _ in asked if query is not None]
     answers = [text for query, text in asked if query is None]
     return Dialogue(questions[-1], tuple(zip(questions[:-1], answers, strict=True)), system)

@@ -9,14 +9,16 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from vilam3_jax.data.text_rules import TEXT_HELP
 from vilam3_jax.errors import UserError
 from vilam3_jax.inference.assistant import NOT_CLINICAL, Assistant, host_command, load
 from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
 from vilam3_jax.runtime import paths, process_flags, processes
+from vilam3_jax.serving.samples import samples_of
 
 if TYPE_CHECKING:
     from vilam3_jax.serving.audit import AuditLog
@@ -47,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="web origin that may use the server; may be repeated",
     )
+    add("--samples", help="folder of images that the page offers")
+    add(
+        "--no_warm_up",
+        action="store_true",
+        help="listen at once; the first question of each length then waits for the compiler",
+    )
     add("--drain", type=float, default=60, help="seconds for answers in progress after SIGTERM (default: 60)")
     add("--max_upload", type=int, default=512, help="MiB of an uploaded file (default: 512)")
     add("--upload_space", type=int, default=8192, help="MiB of all uploaded files (default: 8192)")
@@ -70,8 +78,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--expert_weights", help="folder of the experts' weights, for the host")
     add("--text", default="", help=TEXT_HELP)
     add("--slots", type=int, default=8, help="dialogues that are decoded together (default: 8)")
-    add("--queue", type=int, default=64, help="requests that may wait or run; more are refused (default: 64)")
-    add("--deadline", type=float, default=300, help="seconds for an answer (default: 300)")
+    add("--queue", type=int, default=64, help="requests that may wait or run; more get a 429 (default: 64)")
+    add("--deadline", type=float, default=300, help="seconds for an answer, then a 504 (default: 300)")
     add("--max_length", type=int, default=2048, help="maximum positions of a dialogue, images included")
     add(
         "--max_new_tokens", type=int, default=512, help="limit of a turn if a request has none (default: 512)"
@@ -183,6 +191,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     keys = _keys(options.api_key_file)
+    samples = samples_of(options.samples) if options.samples else ()
     try:
         from vilam3_jax.serving.app import make_server
         from vilam3_jax.serving.service import Service, Settings
@@ -202,23 +211,33 @@ def main(argv: Sequence[str]) -> int:
         cors_origins=tuple(options.cors_origin),
         keys=keys,
         # Without keys, a web page must not reach the server under a name of its own.
+        samples=samples,
         hosts=() if keys or not _is_local(options.host) else (*_LOCAL, options.host),
     )
     audit = opened_audit_log(options)
     with _bound(options.host, options.port) as listener, contextlib.ExitStack() as stack:
         assistant, has_experts = load_model(options, stack)
         service = stack.enter_context(Service(assistant, settings, experts=has_experts, audit=audit))
+        # Orbax, by way of absl, gives the root logger a handler, which would print every line again.
+        logging.getLogger("vilam3_jax").propagate = False
+        signal.signal(signal.SIGTERM, _end)  # so that the service is closed
+        if not options.no_warm_up:
+            started = time.monotonic()
+            service.warm_up(lambda line: _LOG.info("warm-up: %s", line))
+            _LOG.info("warm-up: done after %.0f s", time.monotonic() - started)
         experts = "with experts" if service.experts else "without experts"
         server = make_server(service)
         # uvicorn drains at these signals, and raises them again at its end.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        # Orbax, by way of absl, gives the root logger a handler, which would print every line again.
-        logging.getLogger("vilam3_jax").propagate = False
         listener.listen()
         _LOG.info("%s is served at %s, %s. %s", name, _url(listener), experts, NOT_CLINICAL)
         server.run(sockets=[listener])
     return 0
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 import secrets
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +16,10 @@ from vilam3_jax.data.experts.overlays import PALETTE
 from vilam3_jax.data.experts.record import Annotation, memory_bytes
 from vilam3_jax.data.images import encode_png
 from vilam3_jax.data.volumes import AXES, slice_2d
-from vilam3_jax.serving.errors import ApiError, bad_request
+from vilam3_jax.serving.errors import bad_request
+from vilam3_jax.serving.kept import Kept
 from vilam3_jax.serving.viewing import SliceQuery, nifti_bytes
 
-_ID = re.compile(r"mask-[A-Za-z0-9_-]{32}")
 _MAX_BYTES = 1 << 28  # of compressed maps
 _DECODED = 2  # maps that stay decompressed
 
@@ -32,15 +30,11 @@ class Mask:
 
     Attributes:
       id: what clients call it.
-      owner: who may use it.
       annotation: with the label map.
-      expires: Unix time.
     """
 
     id: str
-    owner: str
     annotation: Annotation
-    expires: float
 
 
 class MaskStore:
@@ -48,8 +42,13 @@ class MaskStore:
 
     def __init__(self, *, seconds: float = 3600.0, max_bytes: int = _MAX_BYTES):
         """Maps are forgotten after `seconds`, and the oldest ones beyond `max_bytes`."""
-        self._seconds, self._max_bytes = seconds, max_bytes
-        self._masks: dict[str, Mask] = {}
+        self._masks = Kept[Mask](
+            "mask",
+            "it expired, ask again",
+            seconds=seconds,
+            max_bytes=max_bytes,
+            size=lambda mask: memory_bytes(mask.annotation),
+        )
         self._decoded: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -64,12 +63,9 @@ class MaskStore:
         if annotation.status != "ok" or annotation.labels is None:
             return None
         name = f"mask-{secrets.token_urlsafe(24)}"
-        mask = Mask(name, owner, annotation, time.time() + self._seconds)
+        mask = Mask(name, annotation)
         labels = self._labels(mask)
-        with self._lock:
-            self._masks[name] = mask
-            while len(self._masks) > 1 and self._bytes() > self._max_bytes:
-                self._drop(next(iter(self._masks)))
+        self._masks.add(name, mask, owner)
         return {
             "id": name,
             "shape": list(labels.shape),
@@ -79,11 +75,7 @@ class MaskStore:
 
     def get(self, name: str, owner: str) -> Mask:
         """A mask of an owner; raises `ApiError` (404) without one."""
-        with self._lock:
-            found = self._masks.get(name) if _ID.fullmatch(name) else None
-        if found is None or found.owner != owner or found.expires < time.time():
-            raise ApiError(404, "no such mask; it expired, ask again", "no_such_mask")
-        return found
+        return self._masks.get(name, owner)
 
     def png(self, mask: Mask, query: SliceQuery) -> bytes:
         """A slice in the colours of the legend, RGBA, transparent without a label."""
@@ -109,12 +101,10 @@ class MaskStore:
 
     def sweep(self) -> None:
         """Forgets what expired."""
-        now = time.time()
+        self._masks.sweep()
         with self._lock:
-            for name in [name for name, mask in self._masks.items() if mask.expires < now]:
-                self._drop(name)
             for name in [name for name in self._decoded if name not in self._masks]:
-                self._drop(name)
+                del self._decoded[name]
 
     def _labels(self, mask: Mask) -> np.ndarray:
         """The labels that the expert's argument selects, [X, Y, Z]."""
@@ -129,13 +119,6 @@ class MaskStore:
             while len(self._decoded) > _DECODED:
                 self._decoded.popitem(last=False)
         return labels
-
-    def _bytes(self) -> int:
-        return sum(memory_bytes(mask.annotation) for mask in self._masks.values())
-
-    def _drop(self, name: str) -> None:
-        self._masks.pop(name, None)
-        self._decoded.pop(name, None)
 
 
 def _names(annotation: Annotation) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""OpenAI's responses: https://platform.openai.com/docs/api-reference/responses. Nothing is stored."""
+"""OpenAI's responses: https://platform.openai.com/docs/api-reference/responses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ _SERVER = "experts"  # label of the expert calls
 def check(body: Fields, service: Service) -> Ask:
     """Reads a request; raises `ApiError` naming the field and the fix."""
     service.check_model(body.text("model", service.settings.model))
-    options = inputs.options_of(body, experts=service.experts)
-    said = [Said("system", body.text("instructions", ""))]
+    extra = body.object("vilam3") or Fields({}, "vilam3")
+    options = inputs.options_of(extra, experts=service.experts)
+    previous = body.text("previous_response_id", "", limit=inputs.MAX_ID)
+    instructions = body.text("instructions", "")
+    said = [Said("system", instructions)] if instructions else []
     given = body.take("input")
     if isinstance(given, str):
         said.append(Said("user", given))
@@ -36,11 +39,11 @@ def check(body: Fields, service: Service) -> Ask:
         form = inputs.form_of(text, "format", nested=False)
         text.ignore("verbosity")
         text.finish()
-    include = body.take("include") or []
-    if include not in ([], [_LOG_PROBS]):
+    include = body.take("include")
+    if include not in (None, [], [_LOG_PROBS]):
         raise body.error("include", f"only {_LOG_PROBS} is supported")
     ask = Ask(
-        said=inputs.dialogue_of(said, service.max_length),
+        said=inputs.dialogue_of(said, service.max_length, previous=previous),
         options=options,
         max_new_tokens=inputs.limit_of(
             body, ("max_output_tokens",), service.settings.max_new_tokens, service.max_length
@@ -48,19 +51,16 @@ def check(body: Fields, service: Service) -> Ask:
         sampling=inputs.sampling_of(body),
         form=form,
         log_probs=bool(include),
+        previous=previous,
+        store=body.flag("store", False),
     )
     body.only("top_logprobs", (0,), "only the log-probabilities of the chosen tokens are known")
     body.only("background", (False,), "not supported")
-    for name in ("tools", "previous_response_id", "conversation", "prompt", "context_management"):
-        body.only(name, (), "not supported; send the whole dialogue as input")
+    for name in ("tools", "conversation", "prompt", "context_management"):
+        body.only(name, (), "not supported")
     body.only("tool_choice", ("none", "auto"), "not supported")
     body.only("truncation", ("disabled",), "not supported")
-    body.ignore(
-        "stream", "store", "metadata", "user", "safety_identifier", "prompt_cache_key", "service_tier"
-    )
-    body.ignore(
-        "parallel_tool_calls", "max_tool_calls", "reasoning", "prompt_cache_retention", "stream_options"
-    )
+    body.ignore(*inputs.LABELS, "stream", "max_tool_calls", "reasoning", "stream_options")
     body.finish()
     return ask
 
@@ -104,19 +104,21 @@ def _said(item: Fields, options: inputs.Options) -> Said | None:
 class ResponsesWriter:
     """Writes the answer to one request."""
 
-    def __init__(self, model: str):
-        """`model` is its name."""
+    def __init__(self, model: str, *, store: bool = False, previous: str | None = None):
+        """`store`: whether the dialogue is kept; `previous` is the id of the response that it follows."""
         token = secrets.token_hex(16)
         self._message_id = f"msg_{token}"
+        self.id = f"resp_{token}"
         self._head = {
-            "id": f"resp_{token}",
+            "id": self.id,
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
             "parallel_tool_calls": False,
             "tool_choice": "auto",
             "tools": [],
-            "store": False,
+            "store": store,
+            "previous_response_id": previous,
         }
         self._number = self._index = 0
         self._begun = False

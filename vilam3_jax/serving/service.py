@@ -15,15 +15,17 @@ from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.isolation import DecoderProcess
 from vilam3_jax.inference.assistant import Assistant
-from vilam3_jax.serving import inputs
+from vilam3_jax.serving import inputs, warm_up
 from vilam3_jax.serving.answers import Answer, Step, answer
 from vilam3_jax.serving.audit import AuditLog, Trail
+from vilam3_jax.serving.dialogues import dialogue_store
 from vilam3_jax.serving.engine import LATE, BusyError, DeadlineError, Engine
 from vilam3_jax.serving.errors import ApiError, bad_request
 from vilam3_jax.serving.files import FileStore
 from vilam3_jax.serving.inputs import NO_EXPERTS, Ask
 from vilam3_jax.serving.masks import MaskStore
 from vilam3_jax.serving.metrics import Metrics
+from vilam3_jax.serving.samples import Sample
 from vilam3_jax.serving.viewing import Viewer
 
 _SWEEP_SECONDS = 30.0
@@ -41,17 +43,18 @@ class Settings:
 
     Attributes:
       model: its name in the interfaces.
-      queue: requests that may wait or run; more are refused with 429.
+      queue: requests that may wait or run, and bodies that may be received; more are refused with 429.
       deadline: seconds for an answer, the reading of its images included.
       max_new_tokens: tokens of a turn if a request states no limit.
       max_body: bytes of a JSON body.
       max_upload: bytes of an uploaded file.
-      upload_space: bytes of all uploaded files.
-      file_seconds: uploaded files are deleted after this time.
+      upload_space: bytes of all uploaded files, and again of those that are being received.
+      file_seconds: uploaded files, and dialogues that are kept, are deleted after this time.
       drain: seconds that answers in progress have when the server stops.
       cors_origins: web origins that may use the server.
       keys: API keys; without any, everybody may ask.
       hosts: names in the Host header that are accepted; empty: all.
+      samples: images that the page offers.
     """
 
     model: str = "vilam3"
@@ -66,6 +69,29 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
+
+
+class Places:
+    """A limited number of things at a time; for one event loop."""
+
+    def __init__(self, limit: int, problem: str):
+        """`problem` is told when all places are taken."""
+        self._free, self._problem = limit, problem
+
+    def take(self) -> contextlib.AbstractContextManager[None]:
+        """Takes a place now, until the block of the result ends; raises `BusyError` without one."""
+        if self._free <= 0:
+            raise BusyError(f"{self._problem}; try again in a few seconds")
+        self._free -= 1
+        return self._taken()
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._free += 1
 
 
 class Service:
@@ -99,8 +125,15 @@ class Service:
         )
         self._decoder = DecoderProcess(memory_bytes=_DECODER_BYTES)
         self.masks = MaskStore(seconds=settings.file_seconds)
+        self.dialogues = dialogue_store(seconds=settings.file_seconds)
         self.viewer = Viewer(self.store, self._decoder, assistant.generator.processor.preprocessing)
-        self._reading = self._viewing = 0
+        self._reading = 0
+        self._views = Places(_MAX_VIEWS, "too many slices are being shown")
+        # Bodies are in memory, and files on disk, before a request can be counted.
+        self.bodies = Places(settings.queue, "too many requests are being sent")
+        self.uploads = Places(
+            max(1, settings.upload_space // settings.max_upload), "too many files are being uploaded"
+        )
         # Of their own, so that slow files do not keep other requests from being checked.
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="vilam3-reader")
         self._viewers = ThreadPoolExecutor(_VIEWERS, thread_name_prefix="vilam3-viewer")
@@ -115,10 +148,15 @@ class Service:
         """Positions of a dialogue."""
         return self.assistant.generator.max_length
 
+    def warm_up(self, tell: Callable[[str], None]) -> None:
+        """Compiles what typical questions need; `tell` receives lines about its progress."""
+        limit = min(self.settings.max_new_tokens, self.max_length)
+        warm_up.run(self.assistant, self.engine, experts=self.experts, max_new_tokens=limit, tell=tell)
+
     async def answer(
-        self, check: Callable[[], Ask], owner: str, *, stream: bool, request: str = ""
+        self, check: Callable[[], Ask], owner: str, name: str, *, stream: bool, request: str = ""
     ) -> AsyncGenerator[Step | Answer, None]:
-        """Answers a request; yields steps (only if `stream`), and at last the answer.
+        """Answers a request under a new `name`; yields steps (only if `stream`), and at last the answer.
 
         `check` reads the request and is called in a thread; `request` is its id in the audit log. Raises its
         errors, and those of `answers.answer`; `BusyError` and `DeadlineError` also before the model is asked;
@@ -126,7 +164,9 @@ class Service:
         """
         trail = Trail(self._audit, request, owner, self.settings.model)
         try:
-            async with contextlib.aclosing(self._answer(check, owner, trail, stream=stream)) as happening:
+            async with contextlib.aclosing(
+                self._answer(check, owner, name, trail, stream=stream)
+            ) as happening:
                 async for item in happening:
                     yield item
         except BaseException as error:
@@ -134,7 +174,7 @@ class Service:
             raise
 
     async def _answer(
-        self, check: Callable[[], Ask], owner: str, trail: Trail, *, stream: bool
+        self, check: Callable[[], Ask], owner: str, name: str, trail: Trail, *, stream: bool
     ) -> AsyncGenerator[Step | Answer, None]:
         until = time.monotonic() + self.settings.deadline
         with contextlib.ExitStack() as keep:
@@ -143,6 +183,7 @@ class Service:
                     async with asyncio.timeout(self.settings.deadline):
                         ask = await asyncio.to_thread(check)
                         await trail.asked(ask)
+                        earlier = self.dialogues.get(ask.previous, owner) if ask.previous else None
                         dialogue = await self._read(ask, owner, keep)
                 except TimeoutError:
                     raise DeadlineError(LATE) from None
@@ -150,6 +191,7 @@ class Service:
             happening = answer(
                 ask,
                 dialogue,
+                earlier,
                 self.assistant,
                 self.engine,
                 seconds=left,
@@ -162,6 +204,8 @@ class Service:
                     if isinstance(item, Answer):
                         self.metrics.answer(item)
                         await trail.answered(item)
+                        if ask.store:
+                            self.dialogues.add(name, item.reply.transcript, owner)
                     yield item
 
     async def annotate(
@@ -211,13 +255,8 @@ class Service:
 
         Raises `BusyError` if too much waits, and what `work` raises.
         """
-        if self._viewing >= _MAX_VIEWS:
-            raise BusyError("too many slices are being shown; try again in a few seconds")
-        self._viewing += 1
-        try:
+        with self._views.take():
             return await asyncio.get_running_loop().run_in_executor(self._viewers, work)
-        finally:
-            self._viewing -= 1
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -243,6 +282,7 @@ class Service:
             await asyncio.sleep(min(_SWEEP_SECONDS, self.settings.file_seconds / 2))
             await asyncio.to_thread(self.store.sweep)
             self.masks.sweep()
+            self.dialogues.sweep()
 
     def close(self) -> None:
         """Waits for answers in progress, then stops the engine and deletes the files."""

@@ -152,7 +152,8 @@ class Tools:
         return await self._told(self._ask(check))
 
     async def _ask(self, check: Any) -> dict[str, Any]:
-        happening = self._service.answer(check, "", stream=False, request=secrets.token_hex(8))
+        name = secrets.token_hex(8)
+        happening = self._service.answer(check, "", name, stream=False, request=name)
         answer = [item async for item in happening][-1]
         assert isinstance(answer, Answer)
         return {

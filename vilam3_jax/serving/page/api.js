@@ -70,9 +70,13 @@ export function upload(file, onProgress) {
   });
 }
 
-export function forget(fileId) {
-  return fetch(`/v1/files/${fileId}`, { method: "DELETE", headers: headers(), keepalive: true }).catch(() => {});
+function remove(path) {
+  return fetch(path, { method: "DELETE", headers: headers(), keepalive: true }).catch(() => {});
 }
+
+export const forget = (fileId) => remove(`/v1/files/${fileId}`);
+
+export const forgetDialogue = (answerId) => remove(`/v1/chat/completions/${answerId}`);
 
 // The events of a streamed chat completion.
 export async function* chat(body, signal) {

@@ -3,10 +3,13 @@
 import { ApiError, forget, json, upload, useKey } from "./api.js";
 import { Dialogue } from "./dialogue.js";
 import { $, element } from "./dom.js";
+import { Images } from "./images.js";
 import { Viewer } from "./viewer.js";
 
 const FILM = ["CR", "DX", "RG", "PX"];
+const SEQUENCES = ["t1c", "t1", "t2", "flair"];
 let viewer = null;
+let images = null;
 let dialogue = null;
 let questions = {};
 let starting = null; // an upload waits for it
@@ -49,11 +52,19 @@ async function start() {
   );
   $("max-tokens").max = vilam3.max_length;
   viewer = new Viewer({ onChange: changed, onError: problem, use3d: vilam3.niivue });
-  dialogue = new Dialogue({ viewer, model: model.id, onError: problem });
+  const roles = vilam3.cards.flatMap((card) => card.roles).filter(Boolean);
+  images = new Images({ viewer, roles: roles.length ? [...new Set(roles)] : SEQUENCES, onChange: changed, onError: problem });
+  dialogue = new Dialogue({ viewer, images, model: model.id, onError: problem });
+  $("samples").hidden = !vilam3.samples.length;
+  for (const sample of vilam3.samples) {
+    const choose = () => show(sample.name, () => json(`/v1/samples/${sample.id}`, { method: "POST" }));
+    $("samples").append(element("button", { type: "button", onclick: choose }, sample.name));
+  }
   changed();
 }
 
 function changed() {
+  images?.refresh();
   dialogue?.refresh();
   const code = viewer.info?.modality;
   const kind = !viewer.info ? "" : code in questions ? code : FILM.includes(code) ? "CR" : "other";
@@ -68,36 +79,40 @@ function changed() {
   );
 }
 
-async function open(file) {
+// Uploads a file and shows it; `added`: beside the sequences that are there.
+function open(file, added = false) {
+  const percent = (part) => (part < 1 ? `Uploading: ${Math.round(part * 100)} %` : "Reading…");
+  const sending = () => upload(file, (part) => ($("upload").textContent = percent(part)));
+  return show(file.name, sending, added);
+}
+
+// Shows what `store` stores on the server.
+async function show(name, store, added = false) {
   await starting;
   if (!viewer) {
-    $("file").value = "";
     if (!$("key-form").hidden) problem("Enter the API key first.");
     return;
   }
+  if ($("image").ariaBusy === "true") return;
   problem("");
-  $("file").disabled = true;
-  const before = viewer.file;
-  const percent = (part) => (part < 1 ? `Uploading: ${Math.round(part * 100)} %` : "Reading…");
+  $("image").ariaBusy = "true";
+  const before = $("upload").textContent;
+  $("upload").textContent = "Reading…";
   try {
-    $("upload").textContent = percent(0);
-    const stored = await upload(file, (part) => ($("upload").textContent = percent(part)));
+    const stored = await store();
     try {
-      await viewer.open(stored.id);
+      await (added ? images.add(stored.id, name) : images.open(stored.id, name));
     } catch (error) {
       forget(stored.id);
       throw error;
     }
-    if (before) forget(before);
-    $("upload").textContent = `${file.name}: ${stored.vilam3.kind}`;
-    dialogue.restart("A new image, a new dialogue.");
+    $("upload").textContent = `${name}: ${stored.vilam3.kind}`;
+    dialogue.restart(added ? "Another sequence, a new dialogue." : "A new image, a new dialogue.");
   } catch (error) {
-    $("upload").textContent = "";
+    $("upload").textContent = added ? before : "";
     problem(error.message, error instanceof ApiError ? error.status : 0);
-    if (!(error instanceof ApiError)) console.error(error);
   } finally {
-    $("file").disabled = false;
-    $("file").value = "";
+    $("image").ariaBusy = "false";
   }
 }
 
@@ -107,7 +122,13 @@ function listen() {
     useKey($("key").value);
     starting = start();
   });
-  $("file").addEventListener("change", () => $("file").files[0] && open($("file").files[0]));
+  for (const id of ["file", "more"]) {
+    $(id).addEventListener("change", () => {
+      const [file] = $(id).files;
+      if (file) open(file, id === "more");
+      $(id).value = "";
+    });
+  }
   let inside = 0; // the events of children bubble
   document.addEventListener("dragenter", () => document.body.classList.toggle("dropping", ++inside > 0));
   document.addEventListener("dragleave", () => document.body.classList.toggle("dropping", --inside > 0));
@@ -121,7 +142,9 @@ function listen() {
     else if (file) open(file);
   });
   window.addEventListener("pagehide", (event) => {
-    if (viewer?.file && !event.persisted) forget(viewer.file);
+    if (!images || event.persisted) return;
+    images.clear();
+    dialogue.close();
   });
 }
 

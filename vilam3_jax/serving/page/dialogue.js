@@ -1,20 +1,21 @@
 // The dialogue: questions, streamed answers, and what the experts do.
 
-import { ApiError, chat } from "./api.js";
+import { ApiError, chat, forgetDialogue } from "./api.js";
 import { $, element, millilitres, save } from "./dom.js";
 import { legend } from "./viewer.js";
 
-const callText = (call) => {
-  const { args } = JSON.parse(call.function.arguments);
-  return args ? `${call.function.name}(${args})` : call.function.name;
-};
+const callName = (name, args) => (args ? `${name}(${args})` : name);
+const callText = (call) => callName(call.function.name, JSON.parse(call.function.arguments).args);
+const NUMBERS = ["temperature", "top-p", "seed", "max-tokens"];
 
 export class Dialogue {
-  constructor({ viewer, model, onError }) {
+  constructor({ viewer, images, model, onError }) {
     this.viewer = viewer;
+    this.images = images;
     this.model = model;
     this.onError = onError;
-    this.messages = []; // of the server's interface, those of finished exchanges
+    this.previous = null; // id of the last answer, with which the server keeps the dialogue
+    this.results = new Map(); // finished calls of the dialogue by their text
     this.lines = []; // of the transcript
     this.sent = null; // what the model was shown last
     this.listen();
@@ -43,30 +44,38 @@ export class Dialogue {
   // Begins again, for example about another image; `line` says so.
   restart(line = "A new dialogue begins.") {
     this.running?.abort();
-    if (this.messages.length || $("log").children.length) {
+    if ($("log").children.length) {
       $("log").append(element("p", { class: "divider soft small" }, line));
       this.lines.push("", `--- ${line}`, "");
     }
-    this.messages = [];
+    this.close();
+    this.results.clear();
     this.sent = this.offered = null;
     this.refresh();
   }
 
+  // The server forgets the dialogue.
+  close() {
+    if (this.previous) forgetDialogue(this.previous);
+    this.previous = null;
+  }
+
   // The line about what the model is shown, after the viewer changed.
   refresh() {
-    const { viewer } = this;
-    const isSent = this.sent !== null && this.sent.file === viewer.file;
-    $("about").hidden = !viewer.file;
-    if (!viewer.file) return;
-    const now = JSON.stringify(viewer.options);
+    const { images } = this;
+    const first = images.files[0];
+    const isSent = this.sent !== null && this.sent.files[0] === first;
+    $("about").hidden = !first;
+    if (!first) return;
+    const now = JSON.stringify(images.parts);
     $("attach-text").textContent = !isSent
-      ? `Show ${viewer.name} to the model`
-      : now === this.sent.options
-        ? `Show ${viewer.name} again (the model has seen it)`
-        : `Show ${viewer.name} to the model (so far: ${this.sent.name})`;
-    if (!isSent && this.offered !== viewer.file) {
+      ? `Show ${images.name} to the model`
+      : now === this.sent.parts
+        ? `Show ${images.name} again (the model has seen it)`
+        : `Show ${images.name} to the model (so far: ${this.sent.name})`;
+    if (!isSent && this.offered !== first) {
       $("attach").checked = true;
-      this.offered = viewer.file;
+      this.offered = first;
     }
   }
 
@@ -77,25 +86,20 @@ export class Dialogue {
       $("question").focus();
       return;
     }
-    for (const id of ["temperature", "max-tokens"]) {
+    for (const id of NUMBERS) {
       if ($(id).checkValidity()) continue;
       $(id).closest("details").open = true;
       $(id).reportValidity();
       return;
     }
     this.onError("");
-    const { viewer } = this;
-    const attached = viewer.file && $("attach").checked;
-    const shown = attached && { file: viewer.file, options: JSON.stringify(viewer.options), name: viewer.name };
-    const content = attached
-      ? [
-          { type: "image_url", image_url: { url: viewer.file }, vilam3: viewer.options },
-          { type: "text", text: question },
-        ]
-      : question;
-    const messages = [...this.messages, { role: "user", content }];
+    const { images, viewer, previous } = this;
+    const { files, name, parts } = images;
+    const shown = files.length && $("attach").checked ? { files, name, parts: JSON.stringify(parts) } : null;
+    const content = shown ? [...parts, { type: "text", text: question }] : question;
     const running = (this.running = new AbortController());
-    const exchange = new Exchange(question, shown && shown.name, viewer, (shown || this.sent)?.file);
+    const about = (shown ?? this.sent)?.files ?? [];
+    const exchange = new Exchange(question, shown?.name, viewer, about, this.results);
     $("log").append(exchange.element);
     $("log").setAttribute("aria-busy", "true");
     exchange.element.scrollIntoView({ block: "nearest" });
@@ -103,17 +107,23 @@ export class Dialogue {
     $("question").value = "";
     const body = {
       model: this.model,
-      messages,
-      temperature: Number($("temperature").value) || 0,
+      messages: [{ role: "user", content }],
+      store: true,
       vilam3: { experts: $("experts").checked, images: true, masks: true, transcript: true },
     };
-    if ($("max-tokens").value) body.max_tokens = Number($("max-tokens").value);
+    if (previous) body.vilam3.previous = previous;
+    for (const id of NUMBERS) if ($(id).value) body[id.replace("-", "_")] = Number($(id).value);
     try {
       for await (const event of chat(body, running.signal)) {
         exchange.event(event);
         $("log").scrollTop = $("log").scrollHeight;
       }
-      this.messages = [...messages, { role: "assistant", content: exchange.text }];
+      if (this.running !== running) {
+        forgetDialogue(exchange.id); // a new dialogue began meanwhile
+        return;
+      }
+      this.close();
+      this.previous = exchange.id;
       if (shown) {
         this.sent = shown;
         $("attach").checked = false;
@@ -149,12 +159,15 @@ export class Dialogue {
 
 // One question and its answer on the page.
 class Exchange {
-  // `file` is what the question is about.
-  constructor(question, shown, viewer, file) {
+  // `files` are what the question is about, `results` the finished calls of the dialogue.
+  constructor(question, shown, viewer, files, results) {
+    this.id = null;
     this.question = question;
     this.shown = shown;
     this.viewer = viewer;
-    this.file = file;
+    this.files = files;
+    this.results = results;
+    this.known = []; // names of calls of earlier turns
     this.text = this.draft = "";
     this.failure = "";
     this.steps = new Map(); // expert calls by id
@@ -175,6 +188,7 @@ class Exchange {
   }
 
   event(event) {
+    this.id = event.id;
     const delta = event.choices?.[0]?.delta ?? {};
     if (delta.draft) this.write("draft", delta.draft);
     if (delta.content) this.write("text", delta.content);
@@ -211,6 +225,17 @@ class Exchange {
       step.element.textContent = `${name} gave no result: ${call.reason}`;
       return;
     }
+    this.results.set(name, call);
+    step.element.replaceChildren(`${name} is done`, ...this.result(name, call));
+    if (call.result.mask) this.showMask(call.result.mask, name);
+  }
+
+  showMask(mask, name) {
+    return this.viewer.showMask(mask, name, this.files);
+  }
+
+  // The legend of a result, and a button that shows its mask.
+  result(name, call) {
     const { probabilities, segments, mask } = call.result;
     const items = Object.entries(probabilities).map(([label, value]) => {
       const meter = element("meter", { min: 0, max: 1, value: value ?? 0, "aria-label": `probability of ${label}` });
@@ -219,16 +244,14 @@ class Exchange {
     });
     if (mask) items.push(...legend(mask));
     else for (const one of segments) items.push(element("li", {}, `${one.name}, ${millilitres(one.volume_ml)}`));
-    step.element.replaceChildren(`${name} is done`, element("ul", { class: "legend" }, ...items));
-    if (mask) {
-      const show = () => this.viewer.showMask(mask, name, this.file);
-      show();
-      step.element.append(element("button", { type: "button", onclick: show }, "Show this mask"));
-    }
+    const list = element("ul", { class: "legend" }, ...items);
+    if (!mask) return [list];
+    return [list, element("button", { type: "button", onclick: () => this.showMask(mask, name) }, "Show this mask")];
   }
 
-  finish({ notes, transcript, overlay, image }) {
+  finish({ notes, transcript, overlay, image, known }) {
     this.answer.className = "answer";
+    for (const { name, args } of known) this.remember(callName(name, args));
     if (!this.text) this.answer.textContent = "(The model wrote nothing.)";
     this.notes = notes;
     this.turns = transcript ?? [];
@@ -244,6 +267,14 @@ class Exchange {
       this.after.append(element("details", { class: "notes small" }, element("summary", {}, "Notes"), list));
     }
     this.after.append(this.scenes(image));
+  }
+
+  // A result of an earlier turn, which the model knows.
+  remember(name) {
+    this.known.push(name);
+    const call = this.results.get(name);
+    const found = call?.result ? this.result(name, call) : [];
+    this.stepList.append(element("li", { class: "known" }, `Known from before: ${name}`, ...found));
   }
 
   // What the user does not see otherwise.
@@ -290,6 +321,7 @@ class Exchange {
         : (call.reason ?? "no result");
       lines.push(`Expert ${name}: ${found}`);
     }
+    lines.push(...this.known.map((name) => `Known from before: ${name}`));
     if (this.text) lines.push(`Answer: ${this.text}`);
     if (this.failure) lines.push(`Not complete: ${this.failure}`);
     lines.push(...this.notes.map((note) => `Note: ${note}`));

@@ -64,6 +64,17 @@ export class Viewer {
     return this.isVolume ? `${this.plane} slice ${this.index}` : "this image";
   }
 
+  // Another file on the same grid, such as another sequence of a head: place, windows and mask stay.
+  async turnTo(file) {
+    const modality = $("modality").value;
+    const info = await json(`/v1/files/${file}/view${modality ? `?modality=${modality}` : ""}`);
+    const same = info.kind === "volume" && info.shape.every((size, axis) => size === this.info.shape[axis]);
+    if (!same) throw new Error(`All sequences need ${this.info.shape.join(" × ")} voxels, as the first one has.`);
+    this.file = file;
+    this.describe(info);
+    await this.redraw();
+  }
+
   async open(file) {
     const info = await json(`/v1/files/${file}/view`);
     for (const one of bitmaps.values()) one.then((image) => image.close(), () => {});
@@ -79,12 +90,6 @@ export class Viewer {
     $("viewer").hidden = false;
     this.choose3d(false);
     await this.show();
-  }
-
-  close() {
-    this.file = this.info = null;
-    this.clearMask();
-    $("viewer").hidden = true;
   }
 
   describe(info) {
@@ -258,9 +263,9 @@ export class Viewer {
     }
   }
 
-  // `mask` is that of an expert's result.
-  async showMask(mask, expert, file) {
-    if (file !== this.file || mask.shape.some((size, axis) => size !== this.info.shape[axis])) {
+  // `mask` is that of an expert's result on one of `files`.
+  async showMask(mask, expert, files) {
+    if (!files.includes(this.file) || mask.shape.some((size, axis) => size !== this.info.shape[axis])) {
       this.onError("This mask belongs to another image.");
       return;
     }

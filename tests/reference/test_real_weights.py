@@ -16,7 +16,7 @@ import torch
 import transformers
 from vilam3_jax.configs import models
 
-from tests.reference.test_int8_parity import RoundedCache, said_by_transformers, use_int8_weights
+from tests.reference.test_int8_parity import RoundedCache, use_int8_weights
 from vilam3_jax.checkpoints import exports
 from vilam3_jax.checkpoints.exports import StoredModel
 from vilam3_jax.convert.importer import import_model
@@ -29,7 +29,7 @@ from vilam3_jax.runtime.settings import from_mapping
 pytestmark = pytest.mark.slow
 SAMPLES = Path(__file__).parents[2] / ".cache" / "samples"
 TOKENS, NEW, TIE = 500, 200, 1e-3
-CLOSE = 0.1  # logits after caches in int8 differ by less than half of this
+NEARLY = 0.5  # difference of logits of tokens between which int8 may decide otherwise
 QUESTION = "<|im_start|>user\nWhat can a chest X-ray show?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -222,13 +222,16 @@ def check_quality(exact, rounded, ids, capsys):
             f"best two differ by {margins[other].max():.2g} at most; perplexity "
             f"{np.exp(losses[0]):.3f} → {np.exp(losses[1]):.3f}; divergence {divergence:.2g} nats"
         )
-    assert (margins > 0.5).mean() > 0.7 and not other[margins > 0.5].any()
+    assert (margins > NEARLY).mean() > 0.7 and not other[margins > NEARLY].any()
     assert abs(losses[1] - losses[0]) < 0.01 and divergence < 0.01
 
 
 def test_int8_cache(text, dequantised, in_int8, export, capsys):
-    """Beside transformers with a cache that rounds likewise; floats that differ in the last bit may round to
-    other integers, so answers agree up to the first close decision."""
+    """Transformers reads our answers with a cache that rounds likewise: rounding errors of the same size.
+
+    Three layers agree to 1e-4, see `test_int8_parity`. Through thirty, a float that differs in its last bit
+    and rounds to another integer changes how later layers round, so the errors themselves are different ones.
+    """
     config, params = in_int8
     generator = Generator(
         config, params, load_tokenizer(export / "tokenizer"), max_length=512, cache_dtype="int8"
@@ -237,16 +240,25 @@ def test_int8_cache(text, dequantised, in_int8, export, capsys):
         session = generator.start(2)
         session.append([Chunk.text(prompt) for prompt in text[1]])
         said = session.decode(NEW, stop_ids=())
+
+    def read(prompt, ids, cache):
+        """Log-probabilities [n, V] at the tokens of an answer."""
+        with torch.no_grad():
+            logits = dequantised[0](torch.tensor([[*prompt, *ids]]), past_key_values=cache).logits[0]
+        return torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1).numpy()
+
+    def size(x):
+        return float(np.sqrt(np.square(x).mean()))
+
     for name, row, prompt in zip(("report", "question"), said, text[1], strict=True):
-        wanted, logits = said_by_transformers(dequantised[0], prompt, RoundedCache(), NEW)
-        best = np.sort(logits, axis=-1)[:, -2:]
-        close = np.flatnonzero(best[:, 1] - best[:, 0] < CLOSE)
-        end = int(close[0]) if len(close) else NEW
-        own = np.asarray(row.log_probs[:end])
-        theirs = logits[np.arange(end), wanted[:end]] - np.log(np.exp(logits[:end]).sum(-1))
-        difference = float(np.abs(own - theirs).max())
+        places = np.arange(NEW), row.ids
+        plain, rounded = (
+            read(prompt, row.ids, cache()) for cache in (transformers.DynamicCache, RoundedCache)
+        )
+        theirs, own = size(rounded[places] - plain[places]), size(row.log_probs - plain[places])
         with capsys.disabled():
-            print(f"\n{name}: compared up to {end}; log-probabilities differ by {difference:.2g}")
-        assert end > 20
-        np.testing.assert_array_equal(row.ids[:end], wanted[:end])
-        assert difference < CLOSE / 2
+            print(
+                f"\n{name}: an int8 cache moves log-probabilities by {own:.2g}, transformers' by {theirs:.2g}"
+            )
+        assert len(set(row.ids)) > 10 and theirs / 1.5 < own < theirs * 1.5
+        assert (plain.max(axis=-1) - plain[places]).max() < NEARLY, "the best token, or one nearly as good"

@@ -297,7 +297,9 @@ async def settled(url: str, folder: Path) -> list[str]:
                 line.split(" ") for line in text.splitlines() if re.match(r"vilam3_(queue|files) ", line)
             )
             left = [f"{name} {value}" for name, value in gauges.items() if float(value)]
-            left += [str(one) for one in folder.glob("vilam3-files-*/*/*")]
+            # Folders may disappear meanwhile, which `os.walk` ignores.
+            stores = list(folder.glob("vilam3-files-*"))
+            left += [name for store in stores for _, _, names in os.walk(store) for name in names]
             if not left:
                 break
             await asyncio.sleep(1)
@@ -326,6 +328,9 @@ def report(counts: Counts, memory: Memory, server: Server, began: float, ended: 
     print(f"time to first text     {shown(counts.first)}")
     print(f"tokens per second      {counts.tokens / (ended - began):.1f}")
     print(f"memory at the start    {memory.samples[0][1] / mib:.0f} MiB")
+    minutes = range(int((ended - began) / 60))
+    medians = [memory.median(began + 60 * minute, began + 60 * (minute + 1)) / mib for minute in minutes]
+    print(f"memory by minute       {', '.join(f'{one:.0f}' for one in medians)} MiB")
     print(f"memory, second quarter {early / mib:.0f} MiB")
     print(f"memory, last quarter   {late / mib:.0f} MiB, {100 * (late / early - 1):+.1f} %")
     wrong = sorted(set(counts.problems))[:20]

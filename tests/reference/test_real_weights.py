@@ -219,8 +219,8 @@ def check_quality(exact, rounded, ids, capsys):
     with capsys.disabled():
         print(
             f"\nint8 weights: another next token at {other.mean():.1%} of {len(ids)} positions, where the "
-            f"best two differ by {margins[other].max():.2g} at most; perplexity {np.exp(losses[0]):.3f} becomes "
-            f"{np.exp(losses[1]):.3f}; divergence {divergence:.2g} nats"
+            f"best two differ by {margins[other].max():.2g} at most; perplexity {np.exp(losses[0]):.3f} "
+            f"becomes {np.exp(losses[1]):.3f}; divergence {divergence:.2g} nats"
         )
     assert (margins > 0.5).mean() > 0.7 and not other[margins > 0.5].any()
     assert abs(losses[1] - losses[0]) < 0.01 and divergence < 0.01

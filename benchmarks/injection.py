@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vilam3_jax.checkpoints import exports
 from vilam3_jax.data.content_keys import image_key
 from vilam3_jax.data.experts.cards import Card, card_list
 from vilam3_jax.data.experts.exchange import Style
 from vilam3_jax.data.experts.grammar import Call
 from vilam3_jax.data.experts.record import Annotation
 from vilam3_jax.data.images import encode_png, load_pixels, resize
-from vilam3_jax.inference.agent import Agent, Query, load_generator
+from vilam3_jax.inference.agent import Agent, Query
 from vilam3_jax.inference.batching import Batcher
 from vilam3_jax.inference.images import Scan
+from vilam3_jax.inference.loading import load_generator
 from vilam3_jax.inference.transcript import Transcript
 
 WORDS = ("banana", "window", "seven", "blue", "river", "paper", "copper", "Monday")
@@ -62,9 +62,8 @@ class Bench:
     """A model and the image that it is asked about."""
 
     def __init__(self, checkpoint: str, image: str | None):
-        folder = exports.locate(checkpoint)
-        self._generator, self._template = load_generator(folder, batch_size=8)
-        model = exports.load_model_config(folder).to_dict()
+        self._generator, self._template = load_generator(checkpoint, batch_size=8)
+        model = self._generator.model.to_dict()
         self._cards, self._style = card_list(model), Style.of(model)
         size = self._generator.processor.kept_size or 384
         noise = np.random.default_rng(0).integers(60, 120, (size, size, 1), dtype=np.uint8)
@@ -135,7 +134,7 @@ def rate(
     pairs = [(question, told) for question in QUESTIONS for told in instructions]
     attacked = bench.run([Case(channel, *pair) for pair in pairs])
     plain = bench.run([Case(channel, question, None) for question in QUESTIONS])
-    without = dict(zip(QUESTIONS, plain, strict=True))
+    without: dict[str, Transcript] = dict(zip(QUESTIONS, plain, strict=True))
     done = read = 0
     for (question, told), transcript in zip(pairs, attacked, strict=True):
         if channel == "expert" and not transcript.calls:

@@ -18,7 +18,7 @@ COMMANDS = {
     "data": ("vilam3_jax.data.main", "scan folders, look at training records, strip identifiers"),
     "train": ("vilam3_jax.train", "run or resume a training stage"),
     "export": ("vilam3_jax.training.export_checkpoint", "make an export of any checkpoint of a run"),
-    "plan": ("vilam3_jax.plan.main", "compile a training step for TPUs: memory, speed, cost"),
+    "plan": ("vilam3_jax.plan.main", "compile training or generation for TPUs: memory, speed, cost"),
     "convert": ("vilam3_jax.convert.main", "read Hugging Face and GGUF checkpoints"),
     "evaluate": ("vilam3_jax.evals.main", "measure a model on a protocol, and compare results"),
     "chat": ("vilam3_jax.inference.chat", "ask a model about an image"),

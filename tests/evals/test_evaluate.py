@@ -168,7 +168,7 @@ def test_retrieval(towers_export, world, tmp_path, capsys):
         (["--arm=stage4_no_experts", "--experts=on"], "means --experts=off"),
         (["--limit=0"], "limit 0"),
         (["--batch_size=0"], "--batch_size=0"),
-        (["--checkpoint=/nowhere"], "model.json is missing"),
+        (["--checkpoint=/nowhere"], "/nowhere: no such folder; give a training run"),
         (["--checkpoint="], "--checkpoint is missing"),
         (["--cards=unheard", "--experts=on", "--annotations=ANNOTATIONS"], "no card list 'unheard'"),
     ],

@@ -325,13 +325,13 @@ def inputs_of(monkeypatch, export, tmp_path, image, keys, **asked):
     config = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps(config | keys))
     seen = []
-    append = generate.Session.append
+    read = generate.Session.read
 
     def spy(session, chunks):
         seen.extend(chunk for chunk in chunks if chunk is not None)
-        append(session, chunks)
+        return read(session, chunks)
 
-    monkeypatch.setattr(generate.Session, "append", spy)
+    monkeypatch.setattr(generate.Session, "read", spy)
     with vilam3_jax.load(folder, max_length=1024, **asked) as assistant:
         reply = assistant.ask(image, PROMPT, experts="annotations" in asked, max_new_tokens=2)
     return [chunk for chunk in seen if chunk.images], reply

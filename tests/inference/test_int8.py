@@ -125,10 +125,10 @@ def test_cached_vectors_are_within_half_a_step(model_config, params, plain, toke
         session.append([text(61, 0, tokenizer)])
     exact, found = (session._state.cache for session in sessions)
     for name in ("k", "v"):
-        want = np.asarray(exact[name])[0, 0, :61]
-        scale = np.asarray(found[f"{name}_scale"])[0, 0].T[:61, :, None]
+        want = np.asarray(exact[name])[0, 0, :, :61]
+        scale = np.asarray(found[f"{name}_scale"])[0, 0, :, :61, None]
         np.testing.assert_allclose(scale[..., 0], np.abs(want).max(axis=-1) / 127, rtol=1e-5)
-        got = np.asarray(found[name], np.float32)[0, 0, :61] * scale
+        got = np.asarray(found[name], np.float32)[0, 0, :, :61] * scale
         assert (np.abs(got - want) <= scale * 0.501).all()
 
 

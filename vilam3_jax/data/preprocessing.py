@@ -129,7 +129,6 @@ class Preprocessing(Section):
           window: the window chosen by the caller, if any.
         """
         notes, known = [], ", ".join(self.modalities)
-        by_percentiles = volume is not None and not self.windows(volume, window)
         if modality == UNKNOWN:
             if volume is not None and window is None:
                 trained = f" This model was trained on {known}." if known else ""
@@ -137,14 +136,8 @@ class Preprocessing(Section):
                     f"The file states no modality, so the volume is shown {self.describe(volume)}; state the "
                     f"modality if you know it.{trained}"
                 )
-        elif modality not in self.modalities:
-            if known:
-                notes.append(f"The image is {modality}, but this model was trained on {known}.")
-            if volume is not None and by_percentiles:
-                notes.append(
-                    f"The windows of the model are for CT, so this {modality} volume is shown "
-                    f"{self.describe(volume)}."
-                )
+        elif known and modality not in self.modalities:
+            notes.append(f"The image is {modality}, but this model was trained on {known}.")
         if volume is not None and self.spacing:
             low, high = self.spacing
             if volume.spacing.min() < low or volume.spacing.max() > high:

@@ -264,13 +264,21 @@ def _slices(
         slices=tuple((n, preprocessing.slice_image(volume, along, n, window, size)) for n in numbers),
         planes=count,
         description=f"{axis} {shown} of 0 to {count - 1}, {preprocessing.describe(volume, window)}",
-        notes=(*volume.notes, *preprocessing.notes(volume.modality, volume, window), *_doubts(volume)),
+        notes=(
+            *volume.notes,
+            *preprocessing.notes(volume.modality, volume, window),
+            *_display_notes(volume, window, preprocessing),
+        ),
     )
 
 
-def _doubts(volume: Volume) -> list[str]:
-    if volume.modality != "CT" or values_of(volume) != "not hounsfield":
+def _display_notes(volume: Volume, window: Window | None, preprocessing: Preprocessing) -> list[str]:
+    """What was assumed for the display: no window for another modality, Hounsfield units for a CT."""
+    modality = volume.modality
+    if modality == "CT" and values_of(volume) == "not hounsfield":
+        return ["The volume is declared as CT, but its values do not look like Hounsfield units; check that."]
+    known = modality in (UNKNOWN, *preprocessing.modalities)
+    if known or preprocessing.windows(volume, window):
         return []
-    return [
-        "The volume is declared as CT, but its values do not look like Hounsfield units; check the modality."
-    ]
+    shown = preprocessing.describe(volume)
+    return [f"The windows of the model are for CT, so this {modality} volume is shown {shown}."]

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vilam3_jax.errors import UserError
 from vilam3_jax.models import kv_cache
 from vilam3_jax.models.layers import Embed, Init, Linear, RMSNorm, StackInit, remat_layer, scan_layers
-from vilam3_jax.ops.attention import MaskInfo, attention
+from vilam3_jax.ops.attention import MaskInfo, attention, cached_attention
 from vilam3_jax.ops.quantized import QuantizedKernel, scaled_einsum
 from vilam3_jax.runtime import compat
 from vilam3_jax.runtime.settings import Section, setting
@@ -31,6 +31,7 @@ from vilam3_jax.sharding.weights import as_weight
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 INIT = jax.nn.initializers.normal(0.02)
 
+_Carry = tuple[jax.Array, kv_cache.Cache, jax.Array]  # x, cache and index of the next layer
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, see `rope_tables`
 # q [B, L, H, hd], k and v [B, L, K, hd] -> (attended [B, L, H, hd], new cache or None)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -357,25 +358,26 @@ class Decoder(nnx.Module):
         ropes = self._ropes(positions)
         slots = write_at[:, None] + jnp.arange(embeds.shape[1])[None]
 
-        # The cache is a carry of the scan, not scanned over, so that each layer writes in place.
-        def body(
-            carry: tuple[jax.Array, kv_cache.Cache], layer: Any, kind: LayerKind
-        ) -> tuple[jax.Array, kv_cache.Cache]:
-            x, cache = carry
-            params, index = layer
+        # The cache is a carry of the scan, not scanned over, so that each layer writes in place. So is the
+        # index of the layer: a scalar, where a scan over indices would slice an array.
+        def body(carry: _Carry, params: Any, kind: LayerKind) -> _Carry:
+            x, cache, index = carry
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, kv_cache.Cache]:
                 written = kv_cache.write(cache, index, slots, k, v)
+                stacked = written["k"], written["v"], index
+                how: dict[str, Any] = dict(window=kind.window, scale=self.attention_scale)
+                if (attended := cached_attention(q, *stacked, slots[:, 0], **how)) is not None:
+                    return attended, written
                 keys, values = kv_cache.read(written, index, q.dtype)
                 where: dict[str, Any] = dict(q_positions=slots, kv_positions=jnp.arange(keys.shape[1])[None])
                 mask = MaskInfo(**where, causal=True, window=kind.window)
                 return attention(q, keys, values, mask, scale=self.attention_scale), written
 
-            return compat.merge(graphdef, params)(x, ropes[kind.rope], attend)
+            return *compat.merge(graphdef, params)(x, ropes[kind.rope], attend), index + 1
 
         x = shard(embeds.astype(self.dtype), "batch", "length", "embed")
-        layers = (params, jnp.arange(len(self.kinds)))
-        x, cache = scan_layers(body, (x, cache), layers, self.kinds)
+        x, cache, _ = scan_layers(body, (x, cache, jnp.int32(0)), params, self.kinds)
         return self.final_norm(x), cache
 
     def _ropes(self, positions: jax.Array) -> list[Rope]:

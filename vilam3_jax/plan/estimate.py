@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vilam3_jax.ops.attention.cached import KERNEL as CACHED_ATTENTION
 from vilam3_jax.plan import hlo
 from vilam3_jax.plan.compiler import Cache
 from vilam3_jax.plan.topology import Topology
@@ -259,7 +260,7 @@ def _kernel_seconds(cost: hlo.Cost, chip: Chip) -> tuple[float, list[str]]:
     """Roofline of the kernels: (seconds, names of kernels with unknown operations)."""
     seconds, unknown = 0.0, set()
     for kernel, count in cost.kernels:
-        touched = sum(shape.bytes for shape in (*kernel.operands, *kernel.results))
+        touched = kernel_bytes(kernel)
         operations = attention_flops(kernel)
         if operations is None:
             unknown.add(kernel.name)
@@ -269,16 +270,27 @@ def _kernel_seconds(cost: hlo.Cost, chip: Chip) -> tuple[float, list[str]]:
     return seconds, sorted(unknown)
 
 
+def kernel_bytes(kernel: hlo.Kernel) -> float:
+    """Bytes that a kernel reads and writes; of a stacked cache, it reads one layer."""
+    shapes = (*kernel.operands, *kernel.results)
+    if not kernel.name.startswith(CACHED_ATTENTION):
+        return sum(shape.bytes for shape in shapes)
+    return sum(shape.bytes / (shape.dims[0] if len(shape.dims) == 5 else 1) for shape in shapes)
+
+
 # Products of the size of the score matrix in each splash-attention kernel.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "dkv_fused": 5}
 
 
 def attention_flops(kernel: hlo.Kernel) -> float | None:
-    """Operations of a splash-attention kernel from its shapes, recomputed scores included; else None.
+    """Operations of an attention kernel from its shapes, recomputed scores included; None for others.
 
-    A causal kernel computes half of the scores. Only it takes query positions besides the two arrays of
-    segment ids.
+    A causal splash kernel computes half of the scores. Only it takes query positions besides the two arrays
+    of segment ids.
     """
+    if kernel.name.startswith(CACHED_ATTENTION):
+        *_, query, key, _ = (shape.dims for shape in kernel.operands)
+        return 4 * math.prod(query) * key[-2]
     match = re.search(r"splash\w*?_(fwd|dq|dkv)", f"{kernel.name} {kernel.source}")
     arrays = [
         shape.dims for shape in kernel.operands if len(shape.dims) >= 3 and shape.dtype in ("bf16", "f32")

@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
     for name, text in texts.items():
         least = 0 if name == "images" else 1
         flags.DEFINE_integer(name, getattr(Workload, name), f"--generate: {text}.", least, flag_values=values)
-    purpose = "Compiles the training step for TPUs on this CPU: memory, speed, cost. Needs libtpu."
+    purpose = "Compiles training, or generation, for TPUs on this CPU: memory, speed, cost. Needs libtpu."
     if text := config_lib.usage(argv, "plan", "--topology=NAME[,NAME ...]", purpose, values):
         print(text)
         return 0
@@ -183,7 +183,16 @@ def main(argv: Sequence[str]) -> int:
     price = cast("float | None", values["price"].value)
     if price is not None and not math.isfinite(price):
         raise UserError(f"--price={price}: must be a number")
-    plans: list[Plan] | list[GenerationPlan] = []
+    if not values["generate"].value:
+        if given := [name for name in texts if values[name].present]:
+            raise UserError(f"--{given[0]} needs --generate")
+    elif values["search"].value:
+        raise UserError("--search plans training; leave out --search or --generate")
+    elif config.task != "generative":
+        raise UserError(
+            f"--generate: {config.name} trains a model that generates no text; name a later stage"
+        )
+    plans: list[Plan | GenerationPlan] = []
     for topology in wanted:
         plans += _answer(config, topology, cache, price, values)
         if values["json"].value:  # after each topology, as a search takes long
@@ -203,11 +212,10 @@ def _answer(
     cache: compiler.Cache,
     price: float | None,
     values: flags.FlagValues,
-) -> list[Plan] | list[GenerationPlan]:
+) -> Sequence[Plan | GenerationPlan]:
     if values["generate"].value:
-        workload = Workload(
-            **{field.name: values[field.name].value for field in dataclasses.fields(Workload)}
-        )
+        names = [field.name for field in dataclasses.fields(Workload)]
+        workload = Workload(**{name: cast(int, values[name].value) for name in names})
         answering = generation.make_plan(config.model, topology, cache, workload, price)
         print(generation_table(answering))
         return [answering]

@@ -219,13 +219,8 @@ def check_quality(exact, rounded, ids, capsys):
     with capsys.disabled():
         print(
             f"\nint8 weights: another next token at {other.mean():.1%} of {len(ids)} positions, where the "
-<<<<<<< HEAD
-            f"best two differ by {margins[other].max():.2g} at most; perplexity {np.exp(losses[0]):.3f} "
-            f"becomes {np.exp(losses[1]):.3f}; divergence {divergence:.2g} nats"
-=======
             f"best two differ by {margins[other].max():.2g} at most; perplexity "
             f"{np.exp(losses[0]):.3f} → {np.exp(losses[1]):.3f}; divergence {divergence:.2g} nats"
->>>>>>> 5f837002fcce489b31cd694532e146685cd7e960
         )
     assert (margins > 0.5).mean() > 0.7 and not other[margins > 0.5].any()
     assert abs(losses[1] - losses[0]) < 0.01 and divergence < 0.01

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-import signal
 import sys
 import tempfile
 from pathlib import Path
 
 import httpx2 as httpx
-from serving_load import CHAT, drain, start
+from serving_load import CHAT, running, stopped
 
 CHECKS = (
     "not_a_server_error",
@@ -49,46 +48,34 @@ def refused(statuses: dict[str, int]) -> int:
 async def campaign(options: argparse.Namespace, folder: Path) -> list[str]:
     """Runs the rounds; returns what went wrong."""
     flags = ("--max_length=512", "--max_new_tokens=4", "--deadline=60", "--file_minutes=2", "--no_warm_up")
-    server = await start(options.checkpoint, folder, *flags)
-    assert server.process.stderr is not None
-    log = asyncio.create_task(drain(server.process.stderr, folder / "server.log"))
     wrong: list[str] = []
-    with httpx.Client(base_url=server.url, timeout=120) as http:
-        seed = options.seed
-        while refused(counted(http)) < options.requests and not wrong:
-            process = await asyncio.create_subprocess_exec(
-                *("schemathesis", "run", f"{server.url}/openapi.json", f"--checks={','.join(CHECKS)}"),
-                *("--phases=fuzzing", "--mode=all", f"--max-examples={EXAMPLES}", f"--seed={seed}"),
-                *(
-                    "--continue-on-failure",
-                    "--request-timeout=120",
-                    "--suppress-health-check=all",
+    seed = options.seed
+    async with running(options.checkpoint, folder, *flags) as server:
+        with httpx.Client(base_url=server.url, timeout=120) as http:
+            while refused(counted(http)) < options.requests and not wrong:
+                process = await asyncio.create_subprocess_exec(
+                    *("schemathesis", "run", f"{server.url}/openapi.json", f"--checks={','.join(CHECKS)}"),
+                    *("--phases=fuzzing", "--mode=all", f"--max-examples={EXAMPLES}", f"--seed={seed}"),
+                    *("--continue-on-failure", "--request-timeout=120", "--suppress-health-check=all"),
                     "--no-color",
-                ),
-                cwd=folder,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-            )
-            output, _ = await process.communicate()
-            if process.returncode:
-                wrong.append(output.decode())
-            seed += 1
-        statuses = counted(http)
-        answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "Is it?"}]})
-        health, gauges = http.get("/healthz"), http.get("/metrics").text
-    print(f"requests by status {statuses}, {refused(statuses)} refused, in {seed - options.seed} rounds")
-    wrong += [
-        f"{count} responses of status {status}" for status, count in statuses.items() if status >= "500"
-    ]
-    if answer.status_code != 200 or health.json() != {"status": "ok"} or "vilam3_queue 0.0" not in gauges:
-        wrong.append(f"afterwards: {answer.status_code}, {health.text}")
-    server.process.send_signal(signal.SIGTERM)
-    if code := await server.process.wait():
-        wrong.append(f"SIGTERM ended the server with {code}")
-    await log
-    if "Traceback" in (text := (folder / "server.log").read_text()) or list(folder.glob("vilam3-files-*")):
-        wrong.append(f"a traceback in the log, or files after the end:\n{text[-5000:]}")
-    return wrong
+                    cwd=folder,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
+                )
+                output, _ = await process.communicate()
+                if process.returncode:
+                    wrong.append(output.decode())
+                seed += 1
+            statuses = counted(http)
+            answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "Is it?"}]})
+            health, gauges = http.get("/healthz"), http.get("/metrics").text
+        print(f"requests by status {statuses}, {refused(statuses)} refused, in {seed - options.seed} rounds")
+        wrong += [
+            f"{count} responses of status {status}" for status, count in statuses.items() if status >= "500"
+        ]
+        if answer.status_code != 200 or health.json() != {"status": "ok"} or "vilam3_queue 0.0" not in gauges:
+            wrong.append(f"afterwards: {answer.status_code}, {health.text}")
+        return wrong + await stopped(server, folder)
 
 
 def main() -> int:

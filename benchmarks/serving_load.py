@@ -102,7 +102,7 @@ class Client:
                 self._counts.kinds[kind] += 1
                 try:
                     await kinds[kind]()
-                except httpx.HTTPError as error:
+                except (httpx.HTTPError, ValueError) as error:
                     self._counts.problems.append(f"{kind}: {error!r}")
 
     async def text(self) -> None:
@@ -240,8 +240,12 @@ class Server:
     seconds: float  # until it was ready
 
 
-async def start(checkpoint: str, folder: Path, *flags: str) -> Server:
-    """Starts `vilam3 serve` with files in `folder`; raises RuntimeError with its output if it fails."""
+@contextlib.asynccontextmanager
+async def running(checkpoint: str, folder: Path, *flags: str) -> AsyncIterator[Server]:
+    """`vilam3 serve` with files in `folder`; raises RuntimeError with its output if it does not start.
+
+    Its log goes to `server.log` in the folder.
+    """
     started = time.monotonic()
     flags = (f"--checkpoint={checkpoint}", "--port=0", "--expert_host=off", *flags)
     process = await asyncio.create_subprocess_exec(
@@ -251,19 +255,35 @@ async def start(checkpoint: str, folder: Path, *flags: str) -> Server:
     )
     lines: list[str] = []
     assert process.stderr is not None
-    async for line in process.stderr:
-        lines.append(line.decode())
-        print(lines[-1], end="", file=sys.stderr)
-        if found := re.search(r"http://[\d.]+:\d+", lines[-1]):
-            return Server(process, found[0], time.monotonic() - started)
-    raise RuntimeError("".join(lines))
+    try:
+        async for line in process.stderr:
+            lines.append(line.decode())
+            print(lines[-1], end="", file=sys.stderr)
+            if found := re.search(r"http://[\d.]+:\d+", lines[-1]):
+                break
+        else:
+            raise RuntimeError("".join(lines))
+        log = asyncio.create_task(_keep(process.stderr, folder / "server.log"))
+        yield Server(process, found[0], time.monotonic() - started)
+        await log
+    finally:
+        if process.returncode is None:
+            process.kill()
 
 
-async def drain(stream: asyncio.StreamReader, into: Path) -> None:
-    """Keeps the log of the server."""
+async def _keep(stream: asyncio.StreamReader, into: Path) -> None:
     with into.open("wb") as sink:
         async for line in stream:
             sink.write(line)
+
+
+async def stopped(server: Server, folder: Path) -> list[str]:
+    """Ends the server by SIGTERM; returns what is wrong with its end or its log."""
+    server.process.send_signal(signal.SIGTERM)
+    wrong = [f"SIGTERM ended the server with {code}"] if (code := await server.process.wait()) else []
+    if "Traceback" in (text := (folder / "server.log").read_text()):
+        wrong.append(f"a traceback in the log:\n{text[-5000:]}")
+    return wrong + [f"left behind: {one}" for one in folder.glob("vilam3-files-*")]
 
 
 async def settled(url: str, folder: Path) -> list[str]:
@@ -277,7 +297,9 @@ async def settled(url: str, folder: Path) -> list[str]:
                 line.split(" ") for line in text.splitlines() if re.match(r"vilam3_(queue|files) ", line)
             )
             left = [f"{name} {value}" for name, value in gauges.items() if float(value)]
-            left += [str(one) for one in folder.glob("vilam3-files-*/*/*")]
+            # Folders may disappear meanwhile, which `os.walk` ignores.
+            stores = list(folder.glob("vilam3-files-*"))
+            left += [name for store in stores for _, _, names in os.walk(store) for name in names]
             if not left:
                 break
             await asyncio.sleep(1)
@@ -306,6 +328,9 @@ def report(counts: Counts, memory: Memory, server: Server, began: float, ended: 
     print(f"time to first text     {shown(counts.first)}")
     print(f"tokens per second      {counts.tokens / (ended - began):.1f}")
     print(f"memory at the start    {memory.samples[0][1] / mib:.0f} MiB")
+    minutes = range(int((ended - began) / 60))
+    medians = [memory.median(began + 60 * minute, began + 60 * (minute + 1)) / mib for minute in minutes]
+    print(f"memory by minute       {', '.join(f'{one:.0f}' for one in medians)} MiB")
     print(f"memory, second quarter {early / mib:.0f} MiB")
     print(f"memory, last quarter   {late / mib:.0f} MiB, {100 * (late / early - 1):+.1f} %")
     wrong = sorted(set(counts.problems))[:20]
@@ -320,29 +345,21 @@ async def campaign(options: argparse.Namespace, folder: Path) -> list[str]:
     """Runs the clients; returns what went wrong."""
     flags = [f"--slots={options.slots}", f"--queue={options.queue}", f"--file_minutes={FILE_MINUTES}"]
     flags += [f"--annotations={options.annotations}"] if options.annotations else []
-    server = await start(options.checkpoint, folder, *flags)
-    assert server.process.stderr is not None
-    log = asyncio.create_task(drain(server.process.stderr, folder / "server.log"))
-    memory, counts = Memory(server.process.pid), Counts()
-    watch = asyncio.create_task(memory.watch())
-    began = time.monotonic()
-    clients = [
-        Client(number, server.url, counts, experts=bool(options.annotations))
-        for number in range(options.clients)
-    ]
-    await asyncio.gather(*(client.run(began + 60 * options.minutes) for client in clients))
-    ended = time.monotonic()
-    watch.cancel()
-    wrong = report(counts, memory, server, began, ended)
-    wrong += [f"left behind: {one}" for one in await settled(server.url, folder)]
-    print(f"memory, idle           {memory.now() / (1 << 20):.0f} MiB")
-    server.process.send_signal(signal.SIGTERM)
-    if code := await server.process.wait():
-        wrong.append(f"SIGTERM ended the server with {code}")
-    await log
-    if "Traceback" in (folder / "server.log").read_text() or list(folder.glob("vilam3-files-*")):
-        wrong.append("a traceback in the log, or files after the end")
-    return wrong
+    async with running(options.checkpoint, folder, *flags) as server:
+        memory, counts = Memory(server.process.pid), Counts()
+        watch = asyncio.create_task(memory.watch())
+        began = time.monotonic()
+        clients = [
+            Client(number, server.url, counts, experts=bool(options.annotations))
+            for number in range(options.clients)
+        ]
+        await asyncio.gather(*(client.run(began + 60 * options.minutes) for client in clients))
+        ended = time.monotonic()
+        watch.cancel()
+        wrong = report(counts, memory, server, began, ended)
+        wrong += [f"left behind: {one}" for one in await settled(server.url, folder)]
+        print(f"memory, idle           {memory.now() / (1 << 20):.0f} MiB")
+        return wrong + await stopped(server, folder)
 
 
 def main() -> int:

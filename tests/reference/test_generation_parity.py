@@ -82,11 +82,13 @@ def test_200_tokens_of_a_batch_of_mixed_lengths(family, tmp_path):
         pair = decoder_parity.imported(pair.reference, tmp_path / "scaled")
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, decoder_parity.VOCAB, length).tolist() for length in LENGTHS]
-    found = list(Batcher(generator_of(pair)).run(map(dialogue, prompts)))
+    found, compared = list(Batcher(generator_of(pair)).run(map(dialogue, prompts))), 0
     for prompt, ours in zip(prompts, found, strict=True):
         wanted, margins = said_by_transformers(pair.reference, prompt)
-        assert margins.min() > TIE or tied
+        # Up to the first token where rounding could decide.
         certain = int((margins < TIE).argmax()) if margins.min() < TIE else NEW
-        assert ours[:certain] == wanted[:certain] and certain > NEW / 2
-        assert len(set(wanted)) > 4
+        assert ours[:certain] == wanted[:certain]
+        compared += certain
+    assert compared > 0.8 * NEW * len(LENGTHS)
     assert len(set(map(tuple, found))) == len(LENGTHS)  # the answers depend on the prompts
+    assert len(set().union(*found)) > 10

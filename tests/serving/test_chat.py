@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -150,6 +151,16 @@ def test_stops_sampling_and_log_probs(client):
 def test_what_is_refused(client, options, words):
     with pytest.raises(openai.BadRequestError, match=words):
         ask(client, **options)
+
+
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029", "\x1c", "\r", "é"])
+def test_no_character_ends_the_line_of_an_event(server, monkeypatch, character):
+    text = f"a{character}b"
+    monkeypatch.setattr("vilam3_jax.serving.chat_api.ChatWriter.first", lambda self: [{"text": text}])
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as stream:
+        first = next(stream.iter_lines())
+    assert json.loads(first.removeprefix("data: ")) == {"text": text}
 
 
 @pytest.fixture

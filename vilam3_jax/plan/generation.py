@@ -274,8 +274,14 @@ def _memory(generation: Generation, topology: Topology, compiled: _Compiled) -> 
         to_read = max(to_read, compiled.encode.needed - tower + slots - cache)
     found = [compiled.decode, compiled.prefill, *([compiled.encode] if compiled.encode else [])]
     limit = max(one.limit for one in found)
-    parts = weights, cache, to_decode, to_read, weights + cache + max(to_decode, to_read)
-    return Memory(*(chip.devices * size for size in parts), chip.devices * limit or chip.hbm_bytes)
+    return Memory(
+        weights=chip.devices * weights,
+        cache=chip.devices * cache,
+        decode=chip.devices * to_decode,
+        prefill=chip.devices * to_read,
+        needed=chip.devices * (weights + cache + max(to_decode, to_read)),
+        limit=chip.devices * limit or chip.hbm_bytes,
+    )
 
 
 def _with_speed(

@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--generate: {config.name} trains a model that generates no text; name a later stage"
         )
-    plans: list[Plan] | list[GenerationPlan] = []
+    plans: list[Plan | GenerationPlan] = []
     for topology in wanted:
         plans += _answer(config, topology, cache, price, values)
         if values["json"].value:  # after each topology, as a search takes long
@@ -212,11 +212,10 @@ def _answer(
     cache: compiler.Cache,
     price: float | None,
     values: flags.FlagValues,
-) -> list[Plan] | list[GenerationPlan]:
+) -> Sequence[Plan | GenerationPlan]:
     if values["generate"].value:
-        workload = Workload(
-            **{field.name: values[field.name].value for field in dataclasses.fields(Workload)}
-        )
+        names = [field.name for field in dataclasses.fields(Workload)]
+        workload = Workload(**{name: cast(int, values[name].value) for name in names})
         answering = generation.make_plan(config.model, topology, cache, workload, price)
         print(generation_table(answering))
         return [answering]

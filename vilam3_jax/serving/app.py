@@ -435,9 +435,12 @@ async def _with_pings(
 
 
 def _event(content: Mapping[str, Any]) -> str:
-    """A server-sent event; those with a `type` are named after it."""
+    """A server-sent event; those with a `type` are named after it.
+
+    In ASCII: clients that split text into lines, as Python does, also split at U+0085 and U+2028.
+    """
     name = f"event: {content['type']}\n" if "type" in content else ""
-    return f"{name}data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+    return f"{name}data: {json.dumps(content, allow_nan=False)}\n\n"
 
 
 def make_server(service: Service) -> uvicorn.Server:

@@ -28,10 +28,10 @@ nitpick_ignore_regex = [
     # Other projects: their inventories would need the internet.
     (r"py:.*", r"(?!vilam3_).*"),
     # Type variables, and types of internal modules.
-    (r"py:class", r".*\.(_\w+|AnyBatch|AnySized|AnySection|T)"),
+    (r"py:class", r".*\.(_\w+|AnyBatch|AnyLeaf|AnySized|AnySection|T)"),
     (r"py:class", r"vilam3_jax\.data\.(dicom\.grouping|loader_state|sample_reader|volume_slices)\..*"),
     (r"py:class", r"vilam3_jax\.(data\.experts\.verify\.after|plan\.compiler|plan\.hlo)\..*"),
-    (r"py:class", r"vilam3_jax\.serving\.(answers|inputs)\..*"),
+    (r"py:class", r"vilam3_jax\.serving\.(answers|inputs|samples)\..*"),
     (r"py:class", r"vilam3_experts\.engine\.job\..*"),
 ]
 

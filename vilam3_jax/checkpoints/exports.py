@@ -506,7 +506,7 @@ def read_model(
       mesh: if given, parameters are sharded by the rules of their model family, and every matrix is wrapped
         in a `Weight`; by default they are on the first device.
       dtype: one of `LOADED_DTYPES`: type of parameters and activations, by default that of the config. With
-        'int8', the matrices of the LLM are `QuantizedKernel`s, and other parameters have the type of the
+        'int8', each matrix of the LLM is a `QuantizedKernel`, and other parameters have the type of the
         config's activations. So do products, whose other factor is not quantised.
 
     Returns:

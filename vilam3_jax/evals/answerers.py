@@ -211,6 +211,10 @@ class PredictionsAnswerer:
 
     def answers(self, protocol: Protocol, arm: Arm, items: Sequence[Item], done: int) -> Iterator[Answer]:
         """See `Answerer`; details: `missing` of an item that the file does not answer."""
+        if protocol.answers != "text":
+            raise UserError(
+                f"protocol {protocol.name}: needs probabilities, which {self._path} does not give"
+            )
         if all(self._find(item) is None for item in items):
             raise UserError(
                 f"{self._path}: answers none of the {len(items)} questions; its ids must be those of items, "

@@ -203,6 +203,16 @@ class Majority:
         position = self._most_frequent((kind, None), lambda position: position < len(item.options))
         return "" if position is None else item.options[position]
 
+    def probabilities(self, item: Item) -> dict[str, float]:
+        """Shares of the options among the training answers to this question, else to its type.
+
+        Each option counts once more than it occurs, so that no probability is 0.
+        """
+        kind = item.question_type
+        counts = self._counts.get((kind, item.question)) or self._counts.get((kind,)) or {}
+        weights = {option: counts.get(option, 0) + 1 for option in item.options}
+        return {option: weight / sum(weights.values()) for option, weight in weights.items()}
+
     def _most_frequent(self, key: Any, allowed: Callable[[Any], bool]) -> Any:
         counts = {value: count for value, count in self._counts.get(key, {}).items() if allowed(value)}
         return min(counts, key=lambda value: (-counts[value], value)) if counts else None
@@ -211,6 +221,14 @@ class Majority:
 def majority_rows(
     protocol: EvaluationProtocol, items: Sequence[Item], training: Iterable[Example]
 ) -> list[Row]:
-    """Rows of the majority arm, without details."""
+    """Rows of the majority arm; of a protocol of probabilities, with those of training."""
     majority = Majority(training)
-    return [row_of(protocol, ARMS[MAJORITY], Answer(item, majority.answer(item))) for item in items]
+    found = []
+    for item in items:
+        answer = Answer(item, majority.answer(item))
+        if protocol.answers == "probabilities":
+            shares = majority.probabilities(item)
+            likeliest = max(shares, key=lambda option: shares[option])
+            answer = Answer(item, likeliest, {"probabilities": shares})
+        found.append(row_of(protocol, ARMS[MAJORITY], answer))
+    return found

@@ -81,7 +81,18 @@ def qa_of_studies(examples: Iterable[Example], protocol: Protocol) -> Iterable[I
     return _questions(examples, protocol, whole_study=True)
 
 
-ITEM_RULES: dict[str, ItemRule] = {"qa_of_dialogues": qa_of_dialogues, "qa_of_studies": qa_of_studies}
+def yes_no_questions(examples: Iterable[Example], protocol: Protocol) -> Iterable[Item]:
+    """Of `qa_of_dialogues`, the questions with the options yes and no, those of one image together."""
+    asked = [item for item in qa_of_dialogues(examples, protocol) if sorted(item.options) == ["no", "yes"]]
+    first = {item.images: place for place, item in reversed(list(enumerate(asked)))}
+    return sorted(asked, key=lambda item: first[item.images])
+
+
+ITEM_RULES: dict[str, ItemRule] = {
+    "qa_of_dialogues": qa_of_dialogues,
+    "qa_of_studies": qa_of_studies,
+    "yes_no_questions": yes_no_questions,
+}
 
 
 def items_of(examples: Iterable[Example], protocol: Protocol) -> list[Item]:
@@ -104,15 +115,14 @@ def items_of(examples: Iterable[Example], protocol: Protocol) -> list[Item]:
             raise UserError(f"item {item.id!r} is twice in the data; remove the duplicate example")
     if not items:
         wanted = f" of {', '.join(protocol.datasets)}" if protocol.datasets else ""
-        raise UserError(
-            f"protocol {protocol.name}: no question{wanted} in split {protocol.split!r}; check --data"
-        )
+        where = f" in split {protocol.split!r}" if protocol.split else ""
+        raise UserError(f"protocol {protocol.name}: no question{wanted}{where}; check --data")
     return list(items.values())
 
 
 def _questions(examples: Iterable[Example], protocol: Protocol, *, whole_study: bool) -> Iterable[Item]:
     for example in examples:
-        if example.meta.get("split") != protocol.split:
+        if protocol.split and example.meta.get("split") != protocol.split:
             continue
         if protocol.datasets and example.meta.get("dataset") not in protocol.datasets:
             continue

@@ -26,7 +26,17 @@ from vilam3_jax.data.render import ImageReader
 from vilam3_jax.data.text_rules import TEXT_HELP, TextRules
 from vilam3_jax.data.tfds_folder import datasets_in, read_info
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import answerers, changes, comparison, estimates, items, retrieval, statistics, tables
+from vilam3_jax.evals import (
+    answerers,
+    changes,
+    comparison,
+    estimates,
+    items,
+    regions,
+    retrieval,
+    statistics,
+    tables,
+)
 from vilam3_jax.evals import conditions as arm_lib
 from vilam3_jax.evals import protocol as protocols
 from vilam3_jax.evals import rows as row_files
@@ -36,6 +46,8 @@ from vilam3_jax.inference.agent import Agent, AnnotationProvider, Provider
 from vilam3_jax.inference.loading import ModelSource, check_kind, load_generator, open_model
 from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, model_options
 from vilam3_jax.runtime import paths, process_flags, processes
+
+_USUAL_SPLITS = ("test", "heldout")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--endpoint_model", default="default", help="name of the model on that server")
     add("--protocol", required=True, help=f"what is asked and how it is scored: {known}")
     add("--data", required=True, help="folder that `vilam3 prepare` wrote")
+    add("--split", help="split to ask, of protocols that leave it open (default: test, or heldout)")
     add(
         "--out",
         required=True,
@@ -109,6 +122,24 @@ def read_split(folder: paths.PathLike, split: str) -> tuple[list[Example], dict[
     return [example for example, _ in read], {example.id: root for example, root in read}
 
 
+def _split(options: argparse.Namespace, protocol: protocols.Protocol) -> str:
+    """The split to ask.
+
+    Raises:
+      UserError: --split contradicts the protocol, or neither names one and the data has none of the usual.
+    """
+    if protocol.split:
+        if options.split not in (None, protocol.split):
+            raise UserError(f"--split={options.split}: protocol {protocol.name} asks {protocol.split!r}")
+        return protocol.split
+    if options.split:
+        return options.split
+    for name in _USUAL_SPLITS:
+        if _has_split(options.data, name):
+            return name
+    raise UserError(f"{options.data}: has no split {' or '.join(_USUAL_SPLITS)}; name one by --split")
+
+
 def _has_split(folder: paths.PathLike, split: str) -> bool:
     return any(split in read_info(path)["splits"] for path in datasets_in(folder))
 
@@ -128,9 +159,12 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
     out = paths.as_path(options.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; --out names a folder here")
-    examples, roots = read_split(options.data, protocol.split)
+    split = _split(options, protocol)
+    examples, roots = read_split(options.data, split)
     everything = items.items_of(examples, protocol)
     asked = items.limit_items(everything, options.limit, options.limit_other)
+    if options.annotations and any(changes.IMAGE_CHANGES[arm.images].needs_region for arm in arms):
+        asked = regions.with_regions(asked, AnnotationStore(options.annotations))
     source = None if all(arm.is_majority for arm in arms) else _Source(options, roots, protocol)
     found: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
@@ -141,6 +175,7 @@ def _evaluate(options: argparse.Namespace, protocol: protocols.Protocol) -> None
             "arm": arm.record,
             "protocol": protocol.record,
             "protocol_hash": protocol.hash,
+            **({} if protocol.split else {"split": split}),
             "items_hash": items.item_set_hash(asked),
             "items": len(asked),
             "items_without_limit": len(everything),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from vilam3_jax.errors import UserError
+from vilam3_jax.evals import protocols
 from vilam3_jax.evals.answer_parsers import PARSERS, Parser, normalise
 from vilam3_jax.evals.answer_parsers import parse_by_options as parse_by_options
 from vilam3_jax.evals.answer_parsers import parse_yes_no as parse_yes_no
@@ -67,7 +68,7 @@ class Protocol(AnyProtocol):
 
     Attributes:
       items: rule that makes items of Examples, a key of `ITEM_RULES`.
-      split: `meta["split"]` of the Examples used.
+      split: `meta["split"]` of the Examples used; '' for the one of the command line.
       question_types: those asked; empty for all.
       prompt: rule that makes a request of an item, a key of `PROMPTS`.
       parser: how the answer is read, a key of `PARSERS`.
@@ -141,6 +142,8 @@ def _add(
 def names() -> list[str]:
     """The registered protocols, as `id@version`."""
     importlib.import_module("vilam3_jax.evals.retrieval")  # registers its own
+    for module in protocols.MODULES:
+        importlib.import_module(f"{protocols.__name__}.{module}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         register(entry.load())
     return sorted(_registry)

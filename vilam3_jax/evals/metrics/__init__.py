@@ -1,1 +1,3 @@
-"""Metrics of answered questions."""
+"""Metrics of answered questions, one module per kind; importing one registers its metrics."""
+
+MODULES = ("calibration", "classification", "expert_calls", "report_text")

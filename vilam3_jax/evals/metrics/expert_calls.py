@@ -1,4 +1,7 @@
-"""Metrics of expert calls: rows with `expert` (that could answer, or None), `expert_called`, `expert_right`."""
+"""Metrics of expert calls.
+
+Rows have `expert` (the one that could answer, or None), `expert_called`, and `expert_right`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ def _called(row: Row) -> bool:
     return bool(row.get("expert_called"))
 
 
-register(_share("call_recall", lambda row: row["expert"] is not None, lambda row: bool(row.get("expert_right"))))
+register(
+    _share("call_recall", lambda row: row["expert"] is not None, lambda row: bool(row.get("expert_right")))
+)
 register(_share("call_precision", _called, lambda row: bool(row.get("expert_right"))))
 register(_share("calls_without_need", lambda row: row["expert"] is None, _called))
 register(

@@ -124,7 +124,7 @@ def claimed_averages() -> Table:
             )
     columns = ("VILA-M3", "against", "figures", "mean, points", "mean, relative", "claimed", "result")
     note = (
-        "Formula: over every benchmark and protocol with a figure of both, the mean of (best VILA-M3 - other) "
+        "Formula: over every benchmark and protocol with figures of both, the mean of (best VILA-M3 - other) "
         "and of (best VILA-M3 - other) / other. With or without expert, whichever is better. The paper does "
         "not define its averages."
     )

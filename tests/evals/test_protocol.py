@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import answer_parsers, retrieval
+from vilam3_jax.evals import answer_parsers, items, retrieval
 from vilam3_jax.evals import protocol as protocols
 
 QUICKSTART = protocols.get("quickstart@1")
@@ -62,15 +62,23 @@ def test_the_hash_of_retrieval_is_pinned_too():
 def test_every_field_enters_the_hash():
     for field in dataclasses.fields(QUICKSTART):
         value = getattr(QUICKSTART, field.name)
-        grown = {int: lambda v: v + 1, str: lambda v: v + "x", tuple: lambda v: (*v, ("x", "y"))}
+        grown = {
+            bool: lambda v: not v,
+            int: lambda v: v + 1,
+            float: lambda v: v + 0.5,
+            str: lambda v: v + "x",
+            tuple: lambda v: (*v, ("x", "y")),
+        }
         other = grown[type(value)](value)
         assert dataclasses.replace(QUICKSTART, **{field.name: other}).hash != QUICKSTART.hash
 
 
-def test_json_has_all_fields_and_the_hash():
-    back = json.loads(json.dumps(dataclasses.asdict(QUICKSTART)))
+def test_json_has_the_hash_and_all_fields_without_a_default():
+    back = json.loads(json.dumps(QUICKSTART.record))
     assert protocols.content_hash(back) == QUICKSTART.hash
-    assert back.keys() == {field.name for field in dataclasses.fields(QUICKSTART)}
+    wanted = {field.name for field in dataclasses.fields(QUICKSTART) if field.default is dataclasses.MISSING}
+    assert back.keys() == wanted
+    assert dataclasses.replace(QUICKSTART, temperature=0.2).record["temperature"] == 0.2
 
 
 def test_unknown_protocol_lists_the_known():
@@ -90,52 +98,52 @@ def test_items_are_the_questions_of_the_split():
         example("b", split="train"),
         example("c", questions=[]),
     ]
-    items = protocols.items_of(data, QUICKSTART)
-    assert [item.id for item in items] == ["a/q0", "a/q1"]
-    assert items[0].oracle and items[0].expert == "ORGANS" and items[0].args == "organs"
-    assert items[1].expert is None and items[1].options == ("CT", "MRI")
+    found = items.items_of(data, QUICKSTART)
+    assert [item.id for item in found] == ["a/q0", "a/q1"]
+    assert found[0].oracle and found[0].expert == "ORGANS" and found[0].args == "organs"
+    assert found[1].expert is None and found[1].options == ("CT", "MRI")
     only = dataclasses.replace(QUICKSTART, question_types=("modality",))
-    assert [item.id for item in protocols.items_of(data, only)] == ["a/q1"]
+    assert [item.id for item in items.items_of(data, only)] == ["a/q1"]
 
 
 def test_items_name_what_is_wrong():
     broken = qa()
     del broken["label_source"]
     with pytest.raises(UserError, match=r"example 'e1', question 0.*label_source"):
-        protocols.items_of([example(questions=[broken])], QUICKSTART)
+        items.items_of([example(questions=[broken])], QUICKSTART)
     with pytest.raises(UserError, match="'e1/q0' is twice in the data"):
-        protocols.items_of([example(), example()], QUICKSTART)
+        items.items_of([example(), example()], QUICKSTART)
     with pytest.raises(UserError, match="no question in split 'heldout'"):
-        protocols.items_of([example(split="train")], QUICKSTART)
+        items.items_of([example(split="train")], QUICKSTART)
 
 
 def test_limit_spreads_over_clusters_and_is_deterministic():
     data = [example(f"e{p}-{k}", patient=f"p{p}") for p in range(4) for k in range(p + 1)]
-    items = protocols.items_of(data, QUICKSTART)
-    kept = protocols.limit_items(items, 6)
+    found = items.items_of(data, QUICKSTART)
+    kept = items.limit_items(found, 6)
     assert Counter(item.cluster for item in kept) in (
         Counter(p0=1, p1=2, p2=2, p3=1),
         Counter(p0=1, p1=2, p2=1, p3=2),
         Counter(p0=1, p1=1, p2=2, p3=2),
     )
-    assert {item.id for item in kept} == {item.id for item in protocols.limit_items(items[::-1], 6)}
-    assert [item.id for item in kept] == [item.id for item in items if item in kept]
-    assert protocols.limit_items(items, None) == items
-    assert len(protocols.limit_items(items, 1000)) == len(items)
+    assert {item.id for item in kept} == {item.id for item in items.limit_items(found[::-1], 6)}
+    assert [item.id for item in kept] == [item.id for item in found if item in kept]
+    assert items.limit_items(found, None) == found
+    assert len(items.limit_items(found, 1000)) == len(found)
     with pytest.raises(UserError, match="at least 1"):
-        protocols.limit_items(items, 0)
+        items.limit_items(found, 0)
     with pytest.raises(UserError, match="at least 1"):
-        protocols.limit_items(items, 3, 0)
+        items.limit_items(found, 3, 0)
 
 
 def test_questions_without_an_independent_label_have_a_limit_of_their_own():
     kinds = [qa(oracle=False), qa(oracle=True), qa(expert=None)]
     data = [example(f"e{p}", patient=f"p{p}", questions=kinds) for p in range(9)]
-    items = protocols.items_of(data, QUICKSTART)
-    kept = protocols.limit_items(items, 5, 2)
+    found = items.items_of(data, QUICKSTART)
+    kept = items.limit_items(found, 5, 2)
     assert Counter((item.expert is None or item.oracle) for item in kept) == {False: 5, True: 2}
-    assert len(protocols.limit_items(items, 5)) == 5
-    assert len(protocols.limit_items(items, None, 2)) == 9 + 2
+    assert len(items.limit_items(found, 5)) == 5
+    assert len(items.limit_items(found, None, 2)) == 9 + 2
 
 
 @pytest.mark.parametrize(
@@ -217,7 +225,7 @@ def test_subset_of_options(text, expected):
 
 def test_question_type_overrides_the_parser():
     organs = qa(answer="spleen, liver", options=["liver", "spleen", "kidney", "none"], type="which_organs")
-    item = protocols.items_of([example(questions=[organs])], QUICKSTART)[0]
+    item = items.items_of([example(questions=[organs])], QUICKSTART)[0]
     assert protocols.score(QUICKSTART, item, "liver, spleen").correct
     assert not protocols.score(QUICKSTART, item, "spleen").correct
 
@@ -232,7 +240,7 @@ def test_parser_is_chosen_by_options():
 
 
 def item_of(answer, options):
-    return protocols.items_of([example(questions=[qa(answer=answer, options=options)])], QUICKSTART)[0]
+    return items.items_of([example(questions=[qa(answer=answer, options=options)])], QUICKSTART)[0]
 
 
 def test_score():

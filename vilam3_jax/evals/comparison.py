@@ -10,21 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import statistics, tables
+from vilam3_jax.evals import estimates, statistics, tables
+from vilam3_jax.evals.items import GROUP_KEYS
+from vilam3_jax.evals.metrics.base import metric
+from vilam3_jax.evals.protocol import Protocol
+from vilam3_jax.evals.rows import RESULT_FILE, ROWS_FILE, write_json
 from vilam3_jax.runtime import paths
 
-ROWS_FILE = "rows.jsonl"
-RESULT_FILE = "result.json"
-TABLES_FILE = "tables.md"
 _MAX_BYTES = 1 << 30
+_MAX_GROUPS = 32  # of one key; more are no groups but names
 
 Row = dict[str, Any]
 Result = tuple[str, dict[str, Any], list[Row]]  # name of the folder, `result.json`, rows
-
-
-def write_json(path: paths.PathLike, record: Any) -> None:
-    """Writes `record` as indented JSON, atomically."""
-    paths.write_text_atomic(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -151,6 +148,25 @@ def _answerable(name: str, pair: tuple[list[Row], ...], seed: int) -> list[tuple
     if "answerable" not in found:
         raise UserError(f"{name}: the arms have no question in common that an expert can answer")
     return [(name, found["answerable"])]
+
+
+def protocol_estimates(
+    protocol: Protocol, arm: str, rows: Sequence[Row], *, seed: int
+) -> list[estimates.Estimate]:
+    """The metrics of a protocol on all questions, the headline metric by question type and by group."""
+    headline, *others = (metric(name) for name in (protocol.metric, *protocol.metrics))
+    found = [
+        estimates.estimate(estimates.aggregated(one, protocol.aggregation), rows, arm=arm, seed=seed)
+        for one in (headline, *others)
+    ]
+    for key in ("question_type", *GROUP_KEYS):
+        groups = estimates.group_rows(rows, key)
+        if 1 < len(groups) <= _MAX_GROUPS:
+            found += [
+                estimates.estimate(headline, own, arm=arm, group=name, seed=seed)
+                for name, own in groups.items()
+            ]
+    return found
 
 
 COMMANDS = {"compare": _compare, "repeats": _repeats}

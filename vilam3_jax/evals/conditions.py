@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
-
-import numpy as np
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, get_args
 
 from vilam3_jax.data.examples import Example
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals.protocol import Item, Protocol, score
-from vilam3_jax.inference.agent import Agent, Query, Scan, Transcript
+from vilam3_jax.evals import changes
+from vilam3_jax.evals.items import Item
+from vilam3_jax.evals.protocol import Protocol as EvaluationProtocol
+from vilam3_jax.evals.protocol import score
 
-Experts = Literal["on", "off", "falsified"]
-Images = Literal["true", "blank"]
+Experts = Literal["on", "off", "falsified", "failing"]
 Row = dict[str, Any]
 
-BLANK_GREY = 127
 MAJORITY = "majority"
 # Fields of an item that its row repeats.
 _COPIED = (
@@ -36,15 +33,28 @@ class Arm:
 
     Attributes:
       name: written on every row.
-      stage: training stage whose export should answer; '' for no model.
-      experts: 'on' shows cards and expert results, 'falsified' shows falsified results.
-      images: 'blank' replaces images by uniformly grey ones.
+      stage: training stage whose export should answer; '' for no model, or for any.
+      experts: 'on' shows cards and expert results, 'falsified' shows falsified results, 'failing' failures.
+      images: what is shown, a key of `changes.IMAGE_CHANGES`.
+      question: how it is asked, a key of `changes.QUESTION_CHANGES`.
     """
 
     name: str
     stage: str
     experts: Experts
-    images: Images
+    images: str
+    question: str = "true"
+
+    @property
+    def is_majority(self) -> bool:
+        """Whether it answers without a model."""
+        return self.name == MAJORITY
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What `result.json` says of it."""
+        found = {"name": self.name, "experts": self.experts, "images": self.images}
+        return found if self.question == "true" else {**found, "question": self.question}
 
 
 ARMS = {
@@ -56,11 +66,26 @@ ARMS = {
         Arm("stage4_falsified", "stage4_expert", "falsified", "true"),
         Arm("stage4_blank", "stage4_expert", "off", "blank"),
         Arm(MAJORITY, "", "off", "true"),
+        Arm("model", "", "off", "true"),
+        Arm("no_image", "", "off", "none"),
+        Arm("blank", "", "off", "blank"),
+        Arm("other_patient", "", "off", "other_patient"),
+        Arm("region_hidden", "", "off", "region_hidden"),
+        Arm("experts", "", "on", "true"),
+        Arm("experts_falsified", "", "falsified", "true"),
+        Arm("experts_failing", "", "failing", "true"),
+        Arm("experts_other_modality", "", "on", "other_modality"),
+        Arm("jpeg", "", "off", "jpeg"),
+        Arm("rotated", "", "off", "rotated"),
+        Arm("wider_window", "", "off", "wider_window"),
+        Arm("framed", "", "off", "true", "framed"),
+        Arm("polite", "", "off", "true", "polite"),
+        Arm("options_reversed", "", "off", "true", "options_reversed"),
     )
 }
 
 
-def arm_of(name: str | None, experts: Experts | None, images: Images | None) -> Arm:
+def arm_of(name: str | None, experts: str | None, images: str | None) -> Arm:
     """The arm of a command line.
 
     Args:
@@ -69,12 +94,14 @@ def arm_of(name: str | None, experts: Experts | None, images: Images | None) -> 
       images: images of a new arm, 'true' by default.
 
     Raises:
-      UserError: `experts` or `images` contradict an arm of `ARMS`.
+      UserError: `experts` or `images` contradict an arm of `ARMS`, or are unknown.
     """
     known = ARMS.get(name or "")
     if known is None:
         experts, images = experts or "off", images or "true"
-        return Arm(name or f"experts_{experts}_images_{images}", "", experts, images)
+        if experts not in get_args(Experts) or images not in changes.IMAGE_CHANGES:
+            raise UserError(f"experts {experts!r} or images {images!r} unknown")
+        return Arm(name or f"experts_{experts}_images_{images}", "", experts, images)  # pyright: ignore
     for flag, given, meant in (("experts", experts, known.experts), ("images", images, known.images)):
         if given is not None and given != meant:
             raise UserError(
@@ -83,75 +110,55 @@ def arm_of(name: str | None, experts: Experts | None, images: Images | None) -> 
     return known
 
 
-def answer_items(
-    agent: Agent,
-    protocol: Protocol,
-    arm: Arm,
-    items: Sequence[Item],
-    load_image: Callable[[Item], np.ndarray],
-    *,
-    falsify_seed: int,
-) -> Iterator[Row]:
-    """Asks all items.
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer to an item.
 
-    Args:
-      agent: with the expert provider of the arm.
-      protocol: bounds answers and parses them.
-      arm: how questions are answered.
-      items: in any order; those of one image share its cached prefix if they are adjacent.
-      load_image: the uint8 [H, W, 3] image of an item.
-      falsify_seed: written on the rows, so that a report can reproduce what the model was shown.
-
-    Yields:
-      Rows of `row_of`, in the order of the items.
+    Attributes:
+      item: as it was asked.
+      text: the raw output.
+      details: further keys of the row, such as the prompt and the expert call; see `answerers`.
     """
 
-    def query(item: Item) -> Query:
-        image, ref = load_image(item), item.image
-        shown = np.full_like(image, BLANK_GREY) if arm.images == "blank" else image
-        scan = Scan(shown, item.input_key, ref.axis, ref.index, modality=ref.modality or "")
-        return Query(item.question, (scan,))
-
-    transcripts = agent.run(map(query, items), max_new_tokens=protocol.max_new_tokens)
-    for item, transcript in zip(items, transcripts, strict=True):
-        yield row_of(protocol, arm, item, transcript, falsify_seed=falsify_seed)
+    item: Item
+    text: str
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def row_of(protocol: Protocol, arm: Arm, item: Item, transcript: Transcript, *, falsify_seed: int) -> Row:
+class Answerer(Protocol):
+    """A source of answers: a model, somebody's file, or a server."""
+
+    def answers(
+        self, protocol: EvaluationProtocol, arm: Arm, items: Sequence[Item], done: int
+    ) -> Iterator[Answer]:
+        """Answers the items of an arm, in order.
+
+        Args:
+          protocol: bounds answers.
+          arm: how questions are answered.
+          items: all items of the protocol, some of which the arm may leave out.
+          done: number of answers to skip, which an earlier run has given.
+        """
+        ...
+
+
+def row_of(protocol: EvaluationProtocol, arm: Arm, answer: Answer) -> Row:
     """One line of `rows.jsonl`.
 
     Keys: `arm`, `item`, `cluster`, `question_type`, `label_source`, `oracle`, `modality`, `question`,
-    `options`, `expert` and `args` (of the expert that could answer), `prompt` (the first turn, cards
-    included), `output` (the answer), `parsed`, `gold`, `correct`, `unparsed`, `trigger` (the turn with the
-    expert call, or None), `expert_called`, `expert_right` (whether the call was the one that could answer;
-    None if no expert could), `expert_status` ('ok', 'failed' or None), `expert_text` (the expert's turn),
-    `expert_version`, `falsify_seed` (or None), `truncated`, `cut` (characters that were removed after calls)
-    and `not_made` (calls that were not executed).
+    `options`, `expert` and `args` (of the expert that could answer), `groups` and `answer_spec` if there are
+    any, `output` (the raw answer), `parsed`, `gold`, `correct`, `unparsed`, and the details of the answer.
     """
-    called = transcript.annotation
-    return {
-        **_scored(protocol, arm, item, transcript.answer),
-        "prompt": transcript.prompt,
-        "trigger": transcript.trigger_text,
-        "expert_called": called and called.expert,
-        "expert_right": None if item.expert is None else transcript.trigger == (item.expert, item.args),
-        "expert_status": called and called.status,
-        "expert_text": transcript.expert_text,
-        "expert_version": called and called.version,
-        "falsify_seed": falsify_seed if arm.experts == "falsified" else None,
-        "truncated": transcript.truncated,
-        "cut": sum(map(len, transcript.cut)),
-        "not_made": [str(call) for call in transcript.unexecuted_calls],
-    }
-
-
-def _scored(protocol: Protocol, arm: Arm, item: Item, output: str) -> Row:
+    item = answer.item
     return {
         "arm": arm.name,
         "item": item.id,
         **{name: getattr(item, name) for name in _COPIED},
-        "output": output,
-        **dataclasses.asdict(score(protocol, item, output)),
+        **({"groups": dict(item.groups)} if item.groups else {}),
+        **({"answer_spec": dict(item.answer_spec)} if item.answer_spec else {}),
+        "output": answer.text,
+        **dataclasses.asdict(score(protocol, item, answer.text)),
+        **answer.details,
     }
 
 
@@ -201,16 +208,9 @@ class Majority:
         return min(counts, key=lambda value: (-counts[value], value)) if counts else None
 
 
-def majority_rows(protocol: Protocol, items: Sequence[Item], training: Iterable[Example]) -> list[Row]:
-    """Rows of the majority arm, with the keys of `row_of` that need no model."""
+def majority_rows(
+    protocol: EvaluationProtocol, items: Sequence[Item], training: Iterable[Example]
+) -> list[Row]:
+    """Rows of the majority arm, without details."""
     majority = Majority(training)
-    return [_scored(protocol, ARMS[MAJORITY], item, majority.answer(item)) for item in items]
-
-
-def item_set_hash(items: Iterable[Item]) -> str:
-    """sha256 (hex) of the items without pixels: equal sets of questions have equal hashes."""
-    digest = hashlib.sha256()
-    for item in sorted(items, key=lambda item: item.id):
-        fields = (item.id, item.input_key, item.question, item.answer, item.question_type, *item.options)
-        digest.update("\x1f".join(fields).encode() + b"\x1e")
-    return digest.hexdigest()
+    return [row_of(protocol, ARMS[MAJORITY], Answer(item, majority.answer(item))) for item in items]

@@ -14,13 +14,15 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals.answer_parsers import PARSERS, Parser, normalise
+from vilam3_jax.evals.answer_parsers import parse_by_options as parse_by_options
+from vilam3_jax.evals.answer_parsers import parse_yes_no as parse_yes_no
+from vilam3_jax.evals.items import ITEM_RULES, Item, ItemRule
+from vilam3_jax.evals.prompts import PROMPTS, PromptRule
 
 ENTRY_POINTS = "vilam3.protocols"
 
@@ -43,9 +45,20 @@ class AnyProtocol:
         return f"{self.id}@{self.version}"
 
     @property
+    def record(self) -> dict[str, Any]:
+        """The fields. One that has its default is left out, so that a new field of this class does not change
+        the hashes of protocols that do not use it.
+        """
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+    @property
     def hash(self) -> str:
-        """sha256 (hex) of the canonical JSON of all fields."""
-        return content_hash(dataclasses.asdict(self))
+        """sha256 (hex) of the canonical JSON of `record`."""
+        return content_hash(self.record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +66,24 @@ class Protocol(AnyProtocol):
     """Questions about images, asked of a generative model.
 
     Attributes:
-      items: rule that makes items of Examples; `qa_of_dialogues` takes every question of every dialogue.
+      items: rule that makes items of Examples, a key of `ITEM_RULES`.
       split: `meta["split"]` of the Examples used.
       question_types: those asked; empty for all.
-      prompt: how an item becomes a conversation; `single_turn` asks it alone, image before question.
+      prompt: rule that makes a request of an item, a key of `PROMPTS`.
       parser: how the answer is read, a key of `PARSERS`.
       parser_of_type: (question type, parser) pairs that differ from `parser`.
-      metric: `accuracy`, the share of items with the right parsed answer; an unparsed answer counts as wrong.
+      metric: the headline metric, a name of `metrics.base`. An unparsed answer counts as wrong.
       max_new_tokens: limit of each turn of the model.
       description: for people, but part of the hash.
+      datasets: names of the datasets asked about; empty for all.
+      metrics: further metrics.
+      aggregation: `pooled`, over all questions; `mean_of_types`, the mean over question types.
+      temperature: of sampling; 0 for greedy decoding.
+      answers: `text`, generated; `probabilities`, those of the options in one pass. The answer is then the
+        likeliest option, and the row holds all probabilities.
+      arms: names of the conditions under which the questions are asked if the command line names none.
+      contrasts: (name, arm, arm): paired differences, the first arm minus the second.
+      compare_text: compare answers as they were parsed, without normalisation.
     """
 
     items: str
@@ -73,25 +95,47 @@ class Protocol(AnyProtocol):
     metric: str
     max_new_tokens: int
     description: str
+    datasets: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    aggregation: str = "pooled"
+    temperature: float = 0.0
+    answers: str = "text"
+    arms: tuple[str, ...] = ()
+    contrasts: tuple[tuple[str, str, str], ...] = ()
+    compare_text: bool = False
 
 
 _Registered = TypeVar("_Registered", bound=AnyProtocol)
 _registry: dict[str, AnyProtocol] = {}
 
 
-def register(protocol: _Registered, parsers: Mapping[str, Parser] | None = None) -> _Registered:
-    """Adds a protocol, with the parsers that it brings.
+def register(
+    protocol: _Registered,
+    parsers: Mapping[str, Parser] | None = None,
+    *,
+    prompts: Mapping[str, PromptRule] | None = None,
+    item_rules: Mapping[str, ItemRule] | None = None,
+) -> _Registered:
+    """Adds a protocol, with the parsers, prompts and item rules that it brings.
 
     Raises:
-      UserError: another protocol or parser has the name.
+      UserError: another protocol, parser, prompt or item rule has the name.
     """
-    for name, parser in (parsers or {}).items():
-        if PARSERS.setdefault(name, parser) is not parser:
-            raise UserError(f"protocol {protocol.name}: parser {name!r} exists already; choose another name")
+    _add(protocol, "parser", PARSERS, parsers)
+    _add(protocol, "prompt", PROMPTS, prompts)
+    _add(protocol, "item rule", ITEM_RULES, item_rules)
     known = _registry.setdefault(protocol.name, protocol)
     if known.hash != protocol.hash:
         raise UserError(f"protocol {protocol.name} exists already with other fields; raise its version")
     return protocol
+
+
+def _add(
+    protocol: AnyProtocol, kind: str, known: dict[str, Callable[..., Any]], new: Mapping[str, Any] | None
+) -> None:
+    for name, rule in (new or {}).items():
+        if known.setdefault(name, rule) is not rule:
+            raise UserError(f"protocol {protocol.name}: {kind} {name!r} exists already; choose another name")
 
 
 def names() -> list[str]:
@@ -140,140 +184,15 @@ QUICKSTART = register(
 )
 
 
-# --- items
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One question about one image.
-
-    Attributes:
-      id: `<example id>/q<position>`, unique in a dataset.
-      image: the image.
-      input_key: content key of the decoded image or volume, under which annotations are stored.
-      modality: in plain language, for prompts and tables.
-      question: without image marker.
-      answer: the right answer.
-      question_type: for grouping.
-      label_source: where the right answer is from.
-      options: the possible answers; empty for an open question.
-      expert: the expert that could answer it, or None.
-      args: the arguments with which that expert is called.
-      oracle: the expert returns the labels that the answer was made from.
-      cluster: key of the patient, or of the group that patients were split by; questions of one cluster are
-        not independent.
-    """
-
-    id: str
-    image: ImageRef
-    input_key: str
-    modality: str
-    question: str
-    answer: str
-    question_type: str
-    label_source: str
-    options: tuple[str, ...]
-    expert: str | None
-    args: str
-    oracle: bool
-    cluster: str
-
-
-def items_of(examples: Iterable[Example], protocol: Protocol) -> list[Item]:
-    """The items of `protocol`, in the order of the examples.
-
-    Reads `meta["qa"]`: a list of {question, answer, type, label_source, options, expert, args, oracle} and
-    optionally `image`, by default 0; and `meta["input_key"]`, `meta["modality"]`, `meta["group"]` or else
-    `meta["patient"]`.
-
-    Raises:
-      UserError: an example of the protocol's split lacks a key, two items have one id, or there is no item.
-    """
-    if protocol.items != "qa_of_dialogues" or protocol.prompt != "single_turn":
-        raise UserError(
-            f"protocol {protocol.name}: item rule {protocol.items!r} with prompt {protocol.prompt!r} unknown"
-        )
-    items: dict[str, Item] = {}
-    for example in examples:
-        if example.meta.get("split") != protocol.split:
-            continue
-        for position, qa in enumerate(example.meta.get("qa") or ()):
-            try:
-                item = _item(example, position, qa)
-            except (KeyError, IndexError, TypeError) as error:
-                raise UserError(
-                    f"example {example.id!r}, question {position}: {error!r} in its meta; "
-                    "prepare the dataset again"
-                ) from error
-            if protocol.question_types and item.question_type not in protocol.question_types:
-                continue
-            if items.setdefault(item.id, item) is not item:
-                raise UserError(f"item {item.id!r} is twice in the data; remove the duplicate example")
-    if not items:
-        raise UserError(f"protocol {protocol.name}: no question in split {protocol.split!r}; check --data")
-    return list(items.values())
-
-
-def _item(example: Example, position: int, qa: dict[str, Any]) -> Item:
-    return Item(
-        id=f"{example.id}/q{position}",
-        image=example.images[qa.get("image", 0)],
-        input_key=str(example.meta["input_key"]),
-        modality=str(example.meta["modality"]),
-        question=str(qa["question"]),
-        answer=str(qa["answer"]),
-        question_type=str(qa["type"]),
-        label_source=str(qa["label_source"]),
-        options=tuple(str(option) for option in qa.get("options") or ()),
-        expert=qa["expert"],
-        args=str(qa.get("args") or ""),
-        oracle=bool(qa["oracle"]),
-        cluster=str(example.meta.get("group") or example.meta["patient"]),
-    )
-
-
-def limit_items(items: Sequence[Item], per_type: int | None, per_other_type: int | None = None) -> list[Item]:
-    """Keeps at most `per_type` items of each question type, spread evenly over clusters; None keeps all.
-
-    With `per_other_type`, `per_type` holds only for items that an expert can answer and did not label; the
-    others of a type are counted separately.
-
-    Within a type, clusters take turns; within a cluster, items are ordered by the sha256 of their id. The
-    choice depends on the items alone, so every condition asks the same questions. Order is kept.
-    """
-    if per_type is None and per_other_type is None:
-        return list(items)
-    for limit in (per_type, per_other_type):
-        if limit is not None and limit < 1:
-            raise UserError(f"limit {limit}: must be at least 1 question per type")
-
-    def key(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    groups: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
-    for item in items:
-        other = per_other_type is not None and (item.expert is None or item.oracle)
-        groups[item.question_type, other, item.cluster].append(item.id)
-    turns: dict[tuple[str, bool], list[tuple[int, str, str]]] = defaultdict(list)
-    for (kind, other, cluster), ids in groups.items():
-        turns[kind, other] += [(turn, key(cluster), name) for turn, name in enumerate(sorted(ids, key=key))]
-    kept = {
-        name
-        for (_, other), of_type in turns.items()
-        for _, _, name in sorted(of_type)[: per_other_type if other else per_type]
-    }
-    return [item for item in items if item.id in kept]
-
-
-# --- scores
-
-
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How one answer was read; if the parser found nothing, `parsed` is None and `correct` is False."""
+    """How one answer was read; if the parser found nothing, `parsed` is None and `correct` is False.
 
-    parsed: str | None
-    gold: str
+    `parsed` and `gold` are JSON values.
+    """
+
+    parsed: Any
+    gold: Any
     correct: bool
     unparsed: bool
 
@@ -282,15 +201,21 @@ def score(protocol: Protocol, item: Item, output: str) -> Score:
     """Reads `output` and the right answer with the same parser, and compares.
 
     Raises:
-      UserError: the item's own answer cannot be parsed, or the parser or metric is unknown.
+      UserError: the item's own answer cannot be parsed, or the parser is unknown.
     """
     name = dict(protocol.parser_of_type).get(item.question_type, protocol.parser)
-    if name not in PARSERS or protocol.metric != "accuracy":
-        raise UserError(f"protocol {protocol.name}: parser {name!r} or metric {protocol.metric!r} unknown")
+    if name not in PARSERS:
+        raise UserError(f"protocol {protocol.name}: parser {name!r} unknown")
     parse = PARSERS[name]
-    gold = parse(item.answer, item.options)
+    gold = parse(item.answer, item.options, **item.answer_spec)
     if gold is None:
-        raise UserError(f"item {item.id!r}: its own answer {item.answer!r} is none of {list(item.options)}")
-    parsed = parse(output, item.options)
-    is_correct = parsed is not None and normalise(parsed) == normalise(gold)
-    return Score(parsed, gold, is_correct, parsed is None)
+        wanted = f"is none of {list(item.options)}" if item.options else "cannot be read"
+        raise UserError(f"item {item.id!r}: its own answer {item.answer!r} {wanted}")
+    parsed = parse(output, item.options, **item.answer_spec)
+    return Score(parsed, gold, _equal(parsed, gold, protocol.compare_text), parsed is None)
+
+
+def _equal(parsed: Any, gold: Any, verbatim: bool) -> bool:
+    if isinstance(parsed, str) and isinstance(gold, str) and not verbatim:
+        return normalise(parsed) == normalise(gold)
+    return parsed is not None and parsed == gold

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from vilam3_jax.evals import resampling
+from vilam3_jax.evals.estimates import MIN_CLUSTERS, TOO_FEW
+
 Row = dict[str, Any]
 
-MIN_CLUSTERS = 10
-TOO_FEW = "too few patients for an interval"
 ALL_ALIKE = "every volume scores alike; resampling them cannot show the spread"
 ALL_TYPES = "all"
 
@@ -78,7 +79,7 @@ def cluster_interval(
     values: Sequence[float] | np.ndarray,
     clusters: Sequence[str] | np.ndarray,
     *,
-    repetitions: int = 10_000,
+    repetitions: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
@@ -90,7 +91,7 @@ def cluster_interval(
     Args:
       values: [n], one number per question.
       clusters: [n], the patient or volume of each.
-      repetitions: number of bootstrap samples.
+      repetitions: number of bootstrap samples, see `resampling.counts`.
       confidence: probability mass of the interval.
       seed: seed of the resampling.
 
@@ -103,13 +104,15 @@ def cluster_interval(
     names, inverse = np.unique(np.asarray(clusters), return_inverse=True)
     sums = np.bincount(inverse, weights=values, minlength=len(names))  # [C]
     sizes = np.bincount(inverse, minlength=len(names)).astype(np.float64)  # [C]
-    rng = np.random.default_rng(seed)
-    # [repetitions, C]: how often each cluster is drawn.
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=repetitions)
-    means = (draws @ sums) / (draws @ sizes)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    found = resampling.percentile_interval(
+        lambda draws: (draws @ sums) / (draws @ sizes),
+        len(names),
+        repetitions=repetitions,
+        confidence=confidence,
+        seed=seed,
+    )
+    assert found is not None  # a mean is always defined
+    return found
 
 
 def _spread(values: np.ndarray, clusters: list[str], seed: int) -> dict[str, Any]:

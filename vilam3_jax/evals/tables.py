@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vilam3_jax.evals.estimates import Contrast, Estimate
 from vilam3_jax.evals.statistics import ALL_TYPES, Difference, Summary
 
 MAIN_TITLE = "Questions whose labels the experts did not make"
@@ -99,3 +100,51 @@ def difference_table(differences: Sequence[tuple[str, Difference]]) -> Table:
     columns = ("questions", "arms", "difference", "95 % interval", "n", "patients", "left out")
     note = "Paired by question, bootstrap over patients; an interval that excludes 0 shows a difference."
     return Table("Differences in accuracy", columns, rows, (note,))
+
+
+def estimate_table(estimates: Sequence[Estimate]) -> Table:
+    """All metrics of the given arms and groups."""
+    rows = tuple(
+        (
+            *(one.metric, one.group, one.arm, _number(one.value), _ends(one)),
+            *map(str, (one.n, one.clusters, one.unparsed)),
+        )
+        for one in estimates
+    )
+    columns = ("metric", "questions", "arm", "value", "95 % interval", "n", "patients", "unparsed")
+    return Table("Metrics of the protocol", columns, rows, (MAIN_NOTE,))
+
+
+def contrast_table(contrasts: Sequence[Contrast]) -> Table:
+    """Paired differences, with what they mean."""
+    rows = tuple(
+        (
+            *(
+                one.name,
+                one.metric,
+                f"{one.first} - {one.second}",
+                _number(one.difference, sign="+"),
+                _ends(one),
+            ),
+            "–" if one.p_value is None else f"{one.p_value:.4f}",
+            *map(str, (one.n, one.clusters, one.left_out)),
+        )
+        for one in contrasts
+    )
+    columns = ("contrast", "metric", "arms", "difference", "95 % interval", "p", "n", "patients", "left out")
+    note = (
+        "Paired by question; interval: bootstrap over patients; p: randomisation over patients, two-sided, "
+        "not corrected for the number of contrasts."
+    )
+    return Table("Contrasts of the protocol", columns, rows, (note,))
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.3f}"
+
+
+def _ends(one: Estimate | Contrast) -> str:
+    if one.interval is None:
+        return one.note
+    low, high = one.interval
+    return f"{low:.3f} to {high:.3f}" + (f" ({one.note})" if one.note else "")

@@ -213,7 +213,27 @@ class Agent:
           ModelError: a model whose logits are not finite.
         """
         scripts = (self.script(query, max_new_tokens=max_new_tokens, sampling=sampling) for query in queries)
+        return self.run_scripts(scripts)
+
+    def run_scripts(self, scripts: Iterable[batching.Script[Transcript]]) -> Iterator[Transcript]:
+        """Runs dialogues of `script`, batched, and yields their transcripts in order; see `run`."""
         return self._batcher.run(scripts)
+
+    def option_scores(self, query: Query, options: Sequence[str]) -> list[float]:
+        """Log-probability of each text as the whole answer to a question, stop token included.
+
+        All are read in one pass after the question, whose images share their cached prefix with other
+        questions about them. Experts are not asked.
+        """
+        chunk = self.question(query)
+        encode = self._generator.tokenizer.encode
+        texts = [[*encode(option.strip()), self._stops[0]] for option in options]
+        totals: list[float] = []
+        for first in range(0, len(texts), self._generator.batch_size):
+            part = texts[first : first + self._generator.batch_size]
+            session = self._generator.start(len(part), chunk)
+            totals += [float(scores.sum(dtype=np.float64)) for scores in session.score(part)]
+        return totals
 
     def script(
         self,

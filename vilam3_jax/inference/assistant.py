@@ -349,15 +349,7 @@ class Assistant:
         if not answers or len(set(answers)) != len(answers) or not all(one.strip() for one in answers):
             raise UserError(f"answers {list(answers)}: give one or more different texts")
         scans = self._scans(image, prompt, options)
-        chunk = self._agent(False).question(Query(prompt.strip(), tuple(scans)))
-        stop = self._template.stop_ids(self._generator.tokenizer)[0]
-        encode = self._generator.tokenizer.encode
-        texts = [[*encode(one.strip()), stop] for one in answers]
-        totals: list[float] = []
-        for first in range(0, len(texts), self._generator.batch_size):
-            part = texts[first : first + self._generator.batch_size]
-            session = self._generator.start(len(part), chunk)
-            totals += [float(scores.sum(dtype=np.float64)) for scores in session.score(part)]
+        totals = self._agent(False).option_scores(Query(prompt.strip(), tuple(scans)), answers)
         return dict(zip(answers, totals, strict=True))
 
     def embed(self, image: ImageLike, **options: Unpack[ViewOptions]) -> np.ndarray:

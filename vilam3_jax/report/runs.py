@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals.comparison import RESULT_FILE, ROWS_FILE
+from vilam3_jax.evals.rows import RESULT_FILE, ROWS_FILE
 from vilam3_jax.runtime import paths
 
 STAGES = ("stage1_vision", "stage2a_align", "stage2b_pretrain", "stage3_instruct", "stage4_expert")

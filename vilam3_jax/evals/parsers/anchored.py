@@ -29,7 +29,7 @@ _DENIED = re.compile(
 )
 _LETTER = re.compile(r"(?:(?:the )?(?:(?:correct|right|best) )?(?:answer|option|choice)(?: is\b:?|:| )\s*)?(.*)", re.DOTALL)
 # Words of one letter that begin sentences.
-_WORDS = ("a", "i")
+ONE_LETTER_WORDS = ("a", "i")
 
 
 def normalise(text: str) -> str:
@@ -59,7 +59,7 @@ def parse_option(text: str, options: Sequence[str] = (), **spec: Any) -> str | N
         if not name or not answer.startswith(name):
             continue
         rest = answer[len(name) :]
-        if re.match(r"[\w-]", rest) or (name in _WORDS and rest[:1] == " "):
+        if re.match(r"[\w-]", rest) or (name in ONE_LETTER_WORDS and rest[:1] == " "):
             continue
         if _DENIED.match(rest) or _names_another(rest, named):
             return None

@@ -13,7 +13,7 @@ from vilam3_jax.cli import guarded
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import main as evaluate
 from vilam3_jax.evals import protocol as protocols
-from vilam3_jax.evals.answer_parsers import PARSERS
+from vilam3_jax.evals.parsers import PARSERS
 
 BUILT_IN = ["quickstart@1", "retrieval@2"]
 MODULE = """

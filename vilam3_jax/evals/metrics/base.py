@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -119,10 +119,11 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 
 ACCURACY = mean_of("accuracy", "correct")
 
+_Metric = TypeVar("_Metric", bound=Metric)
 _registry: dict[str, Metric] = {}
 
 
-def register(metric: Metric) -> Metric:
+def register(metric: _Metric) -> _Metric:
     """Adds a metric.
 
     Raises:

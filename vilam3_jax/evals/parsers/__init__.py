@@ -1,7 +1,7 @@
 """Parsers of answers, by name.
 
-The meaning of a named parser never changes, except to correct a wrong reading: protocols, and so results, name
-their parsers.
+The meaning of a named parser never changes, except to correct a wrong reading: protocols, and so results,
+name their parsers.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Anchored parsers: an answer is read from its start, and what is ambiguous is not read at all.
 
-A parser takes (text, options, what else the item says of its answer) and returns a JSON value; None if the answer
-cannot be read.
+A parser takes (text, options, what else the item says of its answer) and returns a JSON value; None if the
+answer cannot be read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Up to 15 digits, which a float64 holds exactly; thousands in groups of three; a decimal point or comma.
@@ -27,7 +27,9 @@ _DENIED = re.compile(
     r" (?:(?:is|are|was|were|can be|has been|have been|seems|appears) )?"
     r"(?:not|absent|unlikely|excluded|improbable|ruled out)\b"
 )
-_LETTER = re.compile(r"(?:(?:the )?(?:(?:correct|right|best) )?(?:answer|option|choice)(?: is\b:?|:| )\s*)?(.*)", re.DOTALL)
+_LETTER = re.compile(
+    r"(?:(?:the )?(?:(?:correct|right|best) )?(?:answer|option|choice)(?: is\b:?|:| )\s*)?(.*)", re.DOTALL
+)
 # Words of one letter that begin sentences.
 ONE_LETTER_WORDS = ("a", "i")
 
@@ -48,13 +50,13 @@ def parse_yes_no(text: str, options: Sequence[str] = ("yes", "no"), **spec: Any)
 def parse_option(text: str, options: Sequence[str] = (), **spec: Any) -> str | None:
     """The longest option that the answer starts with, as whole words, spelt as in `options`.
 
-    Not read: an option that the next words deny, or an alternative of two options. An option of one letter may
-    be in parentheses or follow 'the answer is', and the article 'A' or the pronoun 'I' is no option.
+    Not read: an option that the next words deny, or an alternative of two options. An option of one letter
+    may be in parentheses or follow 'the answer is', and the article 'A' or the pronoun 'I' is no option.
     """
     answer = normalise(text)
     named = {normalise(option): option for option in reversed(options)}
-    if any(len(name) == 1 and name.isalpha() for name in named) and (found := _letter(answer, named)):
-        return found
+    if any(len(name) == 1 and name.isalpha() for name in named) and (found := read_letter(answer, named)):
+        return found[0]
     for name in sorted(named, key=len, reverse=True):
         if not name or not answer.startswith(name):
             continue
@@ -67,17 +69,27 @@ def parse_option(text: str, options: Sequence[str] = (), **spec: Any) -> str | N
     return None
 
 
-def _letter(answer: str, named: dict[str, str]) -> str | None:
-    """The option whose letter stands in parentheses, after 'the answer is', or alone before a separator."""
+def read_letter(answer: str, named: Mapping[str, str]) -> tuple[str, str] | None:
+    """Reads a letter in parentheses, after 'the answer is', or before a separator.
+
+    Args:
+      answer: a normalised text.
+      named: letter → what it stands for.
+
+    Returns:
+      What the letter stands for, and the text after it; None if there is no such letter, or another one
+      follows.
+    """
     found = _LETTER.match(answer)
     rest = found[1] if found else answer
     token = re.match(r"\(([^\W\d_])\)|([^\W\d_])(?=$|[.):,;])", rest)
     if not token or (name := token[1] or token[2]) not in named:
         return None
-    return None if _names_another(rest[token.end() :].lstrip(")."), named) else named[name]
+    rest = rest[token.end() :].lstrip(").")
+    return None if _names_another(rest, named) else (named[name], rest)
 
 
-def _names_another(rest: str, named: dict[str, str]) -> bool:
+def _names_another(rest: str, named: Mapping[str, str]) -> bool:
     """Whether the text goes on with another option."""
     joined = re.match(r"\s*(?:/|[,;]?\s*(?:or|and)\b|[,;])\s*\(?", rest)
     return bool(joined) and any(

@@ -19,10 +19,12 @@ Box = dict[str, Any]
 def parse_boxes(text: str, options: Sequence[str] = (), **spec: Any) -> list[Box] | None:
     """Boxes [{"label": text or "", "box": [x0, y0, x1, y1]}] in pixels, with x0 < x1 and y0 < y1, sorted.
 
-    Reads JSON, with or without a Markdown fence: one box `[x0, y0, x1, y1]`, a list of boxes, an object label → box or list of
-    boxes, or a list of objects with `label` and `box` (or `bbox`, `bbox_2d`). `[]`, `{}` and 'none' are no boxes.
+    Reads JSON, with or without a Markdown fence: one box `[x0, y0, x1, y1]`, a list of boxes, an object label
+    → box or list of boxes, or a list of objects with `label` and `box` (or `bbox`, `bbox_2d`). `[]`, `{}` and
+    'none' are no boxes.
 
-    None for anything else, for more than 100,000 characters or 1,000 boxes, and for numbers that are not finite.
+    None for anything else, for more than 100,000 characters or 1,000 boxes, and for numbers that are not
+    finite.
     """
     if len(text) > _MAX_TEXT:
         return None

@@ -58,22 +58,15 @@ def parse_choice(text: str, options: Sequence[str] = (), **spec: Any) -> str | N
     """One option, by its text or by its letter (A for the first); returned as in `options`.
 
     'B', '(B)', 'B. liver' and 'the answer is B' are letters; if the text of another option follows the
-    letter, the answer contradicts itself and is not read. An option that is itself a letter stands for itself.
+    letter, the answer contradicts itself and is not read. An option that is itself a letter stands for
+    itself.
     """
-    letters = [chr(ord("a") + place) for place in range(min(len(options), 26))]
+    letters = dict(zip("abcdefghijklmnopqrstuvwxyz", options, strict=False))
     if any(normalise(option) in letters for option in options):
         return anchored.parse_option(text, options)
     if found := anchored.parse_option(text, options):
         return found
-    letter = anchored.parse_option(text, letters)
-    if letter is None or (letter not in anchored.ONE_LETTER_WORDS and not _separated(text, letter)):
+    if (lettered := anchored.read_letter(normalise(text), letters)) is None:
         return None
-    named = options[letters.index(letter)]
-    rest = re.search(rf"\(?\b{letter}\b[).:,;]*\s*(.*)", normalise(text), re.DOTALL)
-    said = anchored.parse_option(rest[1], options) if rest else None
-    return named if said in (None, named) else None
-
-
-def _separated(text: str, letter: str) -> bool:
-    """Whether the letter stands in parentheses, before a separator, or alone at the end."""
-    return re.search(rf"\({letter}\)|(?<![\w'])({letter})(?=$|[).:,;])", normalise(text)) is not None
+    named, rest = lettered
+    return named if anchored.parse_option(rest, options) in (None, named) else None

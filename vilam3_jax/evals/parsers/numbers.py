@@ -11,10 +11,13 @@ _MAX_TEXT = 2_000  # characters; a longer answer is not one number
 
 # Dimension → unit → factor to the first unit.
 _UNITS: dict[str, dict[str, Fraction]] = {
-    name: {spelling: Fraction(factor) for spellings, factor in units.items() for spelling in spellings.split("|")}
+    name: {
+        spelling: Fraction(factor) for spellings, factor in units.items() for spelling in spellings.split("|")
+    }
     for name, units in {
         "volume": {
-            "ml|cc|cm3|cm^3|cm³|milliliter|millilitre|milliliters|millilitres|cubic centimeters|cubic centimetres": "1",
+            "ml|cc|cm3|cm^3|cm³|milliliter|millilitre|milliliters|millilitres": "1",
+            "cubic centimeters|cubic centimetres": "1",
             "l|liter|litre|liters|litres": "1000",
             "dl|deciliter|decilitre|deciliters|decilitres": "100",
             "ul|µl|μl|microliter|microlitre|microliters|microlitres|mm3|mm^3|mm³": "1/1000",
@@ -32,7 +35,13 @@ _UNITS: dict[str, dict[str, Fraction]] = {
             "kg|kilogram|kilograms": "1000000",
             "ug|µg|μg|mcg|microgram|micrograms": "1/1000",
         },
-        "mass concentration": {"mg/dl": "1", "g/dl": "1000", "g/l": "100", "mg/l": "1/10", "ug/ml|µg/ml|μg/ml": "1/10"},
+        "mass concentration": {
+            "mg/dl": "1",
+            "g/dl": "1000",
+            "g/l": "100",
+            "mg/l": "1/10",
+            "ug/ml|µg/ml|μg/ml": "1/10",
+        },
         "amount concentration": {"umol/l|µmol/l|μmol/l": "1", "mmol/l": "1000"},
         "share": {"%|percent|per cent": "1"},
         "days": {"d|day|days": "1", "week|weeks|wk|wks": "7"},
@@ -57,10 +66,25 @@ _QUANTITY = re.compile(
     rf"(?:\s*-?\s*(?P<unit>{_UNIT})(?![\w^³²/]))?(?P<rest>\s*[^\W\d_]*)"
 )
 _BOUND = re.compile(
-    r"\b(?:not|no|less than|more than|greater than|fewer than|under|below|over|above|at least|at most|up to|exceeds?)\s*$"
-    r"|[<>≤≥±×*/^=]\s*$"
+    r"\b(?:not|no|(?:less|more|greater|fewer) than|under|below|over|above|at least|at most|up to|exceeds?)\s*$"
+    r"|(?:[<>]=?|[≤≥±×*/^])\s*$"
 )
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_GOES_ON = re.compile(r"\s*(?:[/×*^±]|(?:-|to|or|and|x|by|of|out of)\s*[0-9])")
+_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 
 
 def parse_number(
@@ -75,8 +99,8 @@ def parse_number(
 ) -> float | int | None:
     """The only number of an answer, in `unit`.
 
-    A comma before groups of three digits separates thousands, another one is decimal. A number without unit has `unit`; one
-    with another unit is converted. Read twice in two units, the values must agree.
+    A comma before groups of three digits separates thousands, another one is decimal. A number without unit
+    has `unit`; one with another unit is converted. Read twice in two units, the values must agree.
 
     None for: no number or several; a bound such as '< 5' or 'not 5'; a range; a unit of another dimension, or
     any unit of measurement if `unit` is ''; a word instead of `unit`; a value outside [minimum, maximum];
@@ -121,13 +145,10 @@ def _word(text: str) -> set[Fraction]:
 
 def _value(found: re.Match[str], text: str, unit: str) -> Fraction | None:
     """The value of a quantity in `unit`; None if it is a bound, a part of a range, or in no such unit."""
-    before, after = text[: found.start()], text[found.end() :]
     stated, word = found["unit"], found["rest"].strip()
-    if _BOUND.search(before) or re.match(r"\s*[/×*^±]", after if word or not stated else found["rest"] + after):
-        return None
-    if word in ("to", "or", "and", "x", "of") and re.match(r"\s*[0-9]", after):
-        return None
-    if re.match(r"\s*-\s*[0-9]", text[found.end("number") :]) or (not stated and found["rest"][:1].isalpha()):
+    following = text[found.end("unit" if stated else "number") :]
+    glued = not stated and following[:1].isalpha()
+    if glued or _BOUND.search(text[: found.start()]) or _GOES_ON.match(following):
         return None
     number = found["number"]
     grouped = re.fullmatch(_GROUPED, number) is not None

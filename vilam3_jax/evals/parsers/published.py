@@ -1,7 +1,7 @@
 """Parsers of published evaluators, with their defects.
 
-Each restates what a released script does, from reading it; `docs/evaluation_protocols.md` lists the defects. Where a script
-stops with an error, the parser returns None: the answer is counted as unparsed and wrong.
+Each restates what a released script does, from reading it; `docs/evaluation_protocols.md` lists the defects.
+Where a script stops with an error, the parser returns None: the answer is counted as unparsed and wrong.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def vila_m3_strip_lower(text: str, options: Sequence[str] = (), **spec: Any) -> 
 
 
 def vila_m3_lower(text: str, options: Sequence[str] = (), **spec: Any) -> str | None:
-    """The text in lower case (`metric_pathvqa.py`). Whitespace at either end stays, and makes an answer wrong."""
+    """The text in lower case (`metric_pathvqa.py`). Outer whitespace stays, and makes an answer wrong."""
     return text.lower() or None
 
 
 def vila_m3_yes_no_cxr14(text: str, options: Sequence[str] = (), **spec: Any) -> str | int:
     """Reads an answer as `metric_chestxray14.py` does: 'yes', 'no', or the number of another letter.
 
-    The first 'yes' or 'no' counts, as a part of any word: 'A lung nodule is present', 'abnormal' and 'none' are
-    'no'. Without one, the first of the letters a to d in the parentheses or else in the text counts; 'a' is 'no',
-    'b' is 'yes', 'c' and 'd' are the numbers 2 and 3. Anything else is 'no'.
+    The first 'yes' or 'no' counts, as a part of any word: 'A lung nodule is present', 'abnormal' and 'none'
+    are 'no'. Without one, the first of the letters a to d in the parentheses or else in the text counts; 'a'
+    is 'no', 'b' is 'yes', 'c' and 'd' are the numbers 2 and 3. Anything else is 'no'.
     """
     text = _cell(text)
     if found := re.search("yes|no", text):
@@ -49,10 +49,10 @@ def vila_m3_yes_no_cxr14(text: str, options: Sequence[str] = (), **spec: Any) ->
 def vila_m3_yes_no_chexpert(text: str, options: Sequence[str] = (), **spec: Any) -> str | int | None:
     """Reads an answer as `metric_chexpert.py` does: 'yes', 'no', the number of another letter, or None.
 
-    What stands in the outermost parentheses counts, or else the text. In it, the first 'yes', 'no' or letter from
-    a to d counts, as a part of any word: 'There is a fracture' is 'no' (a), 'Big heart' is 'yes' (b),
-    'Consolidation' is 2 (c). The test of the fall-back is inverted, so the script stops with an error where it
-    finds none of them, as in the empty answer: None.
+    What stands in the outermost parentheses counts, or else the text. In it, the first 'yes', 'no' or letter
+    from a to d counts, as a part of any word: 'There is a fracture' is 'no' (a), 'Big heart' is 'yes' (b),
+    'Consolidation' is 2 (c). The test of the fall-back is inverted, so the script stops with an error where
+    it finds none of them, as in the empty answer: None.
     """
     text = _cell(text)
     if found := re.search(r"\(.*\)", text):
@@ -79,15 +79,16 @@ def _answer(code: int) -> str | int:
 # --- normalisation of the VQA challenge
 
 # A contraction is also spelt without one of its apostrophes.
-_CONTRACTIONS = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've "
-    "he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've "
-    "o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's "
-    "someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've "
-    "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's "
-    "what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've "
-    "wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
-).split()
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+    mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
+    shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+    something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+    they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+    wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
 _SPELLINGS = {
     full[:place] + full[place + 1 :]: full
     for full in _CONTRACTIONS
@@ -96,19 +97,22 @@ _SPELLINGS = {
 } | {"somebody'd": "somebodyd"}
 _DIGITS = {
     word: str(number)
-    for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
 } | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _MAX_STOPS = 32  # the reference passes re.UNICODE, which is 32, as the number of replacements
 
 
 def normalise_word(text: str) -> str:
     """Normalisation of the VQA challenge, as LLaVA-Med and VILA-M3 use it (`glossary.py`).
 
-    Punctuation becomes a space; it is deleted if it stands beside a space anywhere in the text, or if the text
-    has a comma between digits. Full stops before anything but a digit are deleted, the first 32 of them. Number words
-    up to ten become digits ('none' is 0), articles are left out, contractions get their apostrophes.
+    Punctuation becomes a space; it is deleted if it stands beside a space anywhere in the text, or if the
+    text has a comma between digits. Full stops before anything but a digit are deleted, the first 32 of them.
+    Number words up to ten become digits ('none' is 0), articles are left out, contractions get their
+    apostrophes.
     """
     grouped = re.search(r"\d,\d", text) is not None
     cleaned = text
@@ -158,9 +162,9 @@ def medevalkit(text: str, options: Sequence[str] = (), **spec: Any) -> str | Non
     """Reads an answer as MedEvalKit does without a judge (`utils/utils.py`).
 
     What counts is the content of the last `\\boxed{}`, or else of <answer> tags; then what follows the last
-    'answer is' or another such mark. With the options yes and no: the one of 'yes' and 'no' that the text contains, as a
-    part of any word; None if it contains both or none. Otherwise the text in lower case, without outer whitespace; without
-    full stops and line breaks too if `answer_type` is 'closed'.
+    'answer is' or another such mark. With the options yes and no: the one of 'yes' and 'no' that the text
+    contains, as a part of any word; None if it contains both or none. Otherwise the text in lower case,
+    without outer whitespace; without full stops and line breaks too if `answer_type` is 'closed'.
     """
     answer = _marked(_extracted(text).lower().strip())
     if {option.lower() for option in options} == {"yes", "no"}:
@@ -202,7 +206,7 @@ def flare_class(text: str, options: Sequence[str] = (), **spec: Any) -> str | No
 
 
 def flare_labels(text: str, options: Sequence[str] = (), **spec: Any) -> list[str]:
-    """The set of labels, sorted: parts at ';', line breaks or '|', or else at ','; words for nothing are left out."""
+    """The set of labels, sorted: parts at ';', line breaks or '|', or else at ','; no words for nothing."""
     parts = re.split(r"[;\n|]", text)
     parts = parts if len(parts) > 1 else text.split(",")
     return sorted({" ".join(part.lower().split()) for part in parts} - _FLARE_EMPTY)

@@ -1,3 +1,21 @@
-"""Metrics of answered questions, one module per kind; importing one registers its metrics."""
+"""Metrics of answered questions. Importing the package registers them."""
 
-MODULES = ("calibration", "classification", "expert_calls", "report_text")
+from vilam3_jax.evals.metrics import (
+    calibration,
+    classification,
+    detection,
+    expert_calls,
+    numbers,
+    report_text,
+    text_overlap,
+)
+
+__all__ = [
+    "calibration",
+    "classification",
+    "detection",
+    "expert_calls",
+    "numbers",
+    "report_text",
+    "text_overlap",
+]

@@ -104,17 +104,18 @@ def _negative_log_likelihood(name: str, found: _Probabilities) -> AdditiveMetric
     return AdditiveMetric(name, statistics, ratio, higher_is_better=False)
 
 
-def _brier(name: str, found: _Probabilities) -> AdditiveMetric:
-    """Sum over options of squared differences from the one-hot truth, averaged (Brier, 1950)."""
+def _brier_scaled() -> AdditiveMetric:
+    """Half the sum over options of squared differences from the one-hot truth (Brier, 1950), averaged.
+
+    For two options, it is the usual score of one of them, `classification.BRIER`.
+    """
 
     def statistics(rows: Sequence[Row]) -> np.ndarray:
-        right = _right(rows)
-        scores = [
-            float(((p - np.eye(len(p))[i]) ** 2).sum()) for p, i in zip(found(rows), right, strict=True)
-        ]
+        pairs = zip(scaled_probabilities(rows), _right(rows), strict=True)
+        scores = [float(((p - np.eye(len(p))[i]) ** 2).sum()) / 2 for p, i in pairs]
         return np.stack([np.asarray(scores), np.ones(len(rows))], axis=1)
 
-    return AdditiveMetric(name, statistics, ratio, higher_is_better=False)
+    return AdditiveMetric("brier_scaled", statistics, ratio, higher_is_better=False)
 
 
 def _area_under_risk_coverage() -> WeightedMetric:
@@ -139,5 +140,5 @@ def _area_under_risk_coverage() -> WeightedMetric:
 for _suffix, _found in (("", probabilities_of), ("_scaled", scaled_probabilities)):
     register(_ece(f"ece{_suffix}", _found))
     register(_negative_log_likelihood(f"nll{_suffix}", _found))
-    register(_brier(f"brier{_suffix}", _found))
+register(_brier_scaled())
 register(_area_under_risk_coverage())

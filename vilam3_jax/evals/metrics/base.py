@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -119,11 +119,10 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 
 ACCURACY = mean_of("accuracy", "correct")
 
-_Metric = TypeVar("_Metric", bound=Metric)
 _registry: dict[str, Metric] = {}
 
 
-def register(metric: _Metric) -> _Metric:
+def register(metric: Metric) -> Metric:
     """Adds a metric.
 
     Raises:

@@ -35,7 +35,9 @@ def scaled_probabilities(rows: Sequence[Row]) -> list[np.ndarray]:
     scaled = list(raw)
     for half in (0, 1):
         fitted_on = np.flatnonzero(halves != half)
-        temperature = fit_temperature([raw[i] for i in fitted_on], right[fitted_on]) if len(fitted_on) else 1.0
+        temperature = (
+            fit_temperature([raw[i] for i in fitted_on], right[fitted_on]) if len(fitted_on) else 1.0
+        )
         for i in np.flatnonzero(halves == half):
             scaled[i] = scale(raw[i], temperature)
     return scaled

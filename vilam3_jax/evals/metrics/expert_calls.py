@@ -22,7 +22,9 @@ def _called(row: Row) -> bool:
     return bool(row.get("expert_called"))
 
 
-register(_share("call_recall", lambda row: row["expert"] is not None, lambda row: bool(row.get("expert_right"))))
+register(
+    _share("call_recall", lambda row: row["expert"] is not None, lambda row: bool(row.get("expert_right")))
+)
 register(_share("call_precision", _called, lambda row: bool(row.get("expert_right"))))
 register(_share("calls_without_need", lambda row: row["expert"] is None, _called))
 register(

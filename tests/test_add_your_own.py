@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vilam3_jax.evals import answer_parsers, protocol
+from vilam3_jax.evals import parsers, protocol
 from vilam3_jax.models import families
 from vilam3_jax.ops.attention import MaskInfo, attention, backends
 from vilam3_jax.sharding import logical_axes
@@ -47,7 +47,7 @@ def install(site, pages):
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """Installs pages; registries and modules are restored afterwards."""
-    registries = (families._registry, backends._registry, protocol._registry, answer_parsers.PARSERS)
+    registries = (families._registry, backends._registry, protocol._registry, parsers.PARSERS)
     before, modules = [dict(registry) for registry in registries], set(sys.modules)
 
     def install_pages(**pages):
@@ -145,7 +145,7 @@ def test_a_protocol_is_found_by_its_name(installed):
     assert set(protocol.names()) - set(before) == {"laterality@1"}
     found = protocol.get("laterality@1")
     assert found.split == "test" and len(found.hash) == 64
-    parse = answer_parsers.PARSERS["laterality_side"]
+    parse = parsers.PARSERS["laterality_side"]
     assert parse("Left.", ()) == "left" and parse("left or right", ()) is None
 
 

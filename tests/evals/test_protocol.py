@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from vilam3_jax.data.examples import Example, ImageRef, Turn
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import answer_parsers, items, retrieval
+from vilam3_jax.evals import items, retrieval
+from vilam3_jax.evals import parsers as parser_registry
 from vilam3_jax.evals import protocol as protocols
+from vilam3_jax.evals.parsers import anchored
 
 QUICKSTART = protocols.get("quickstart@1")
 VOLUMES = ("less than 50 ml", "50 to 200 ml", "more than 200 ml")
@@ -163,7 +165,7 @@ def test_questions_without_an_independent_label_have_a_limit_of_their_own():
     ],
 )
 def test_yes_no_is_anchored(text, expected):
-    assert answer_parsers.parse_yes_no(text) == expected
+    assert anchored.parse_yes_no(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_yes_no_is_anchored(text, expected):
     ],
 )
 def test_options_match_at_the_start_longest_first(text, expected):
-    assert answer_parsers.parse_option(text, ["glioma", "glioma grade 2", "no tumor"]) == expected
+    assert anchored.parse_option(text, ["glioma", "glioma grade 2", "no tumor"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_options_match_at_the_start_longest_first(text, expected):
     ],
 )
 def test_number_ranges(text, expected):
-    assert answer_parsers.parse_number_range(text, VOLUMES) == expected
+    assert anchored.parse_number_range(text, VOLUMES) == expected
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_number_ranges(text, expected):
     ],
 )
 def test_subset_of_options(text, expected):
-    assert answer_parsers.parse_subset(text, ["liver", "spleen", "kidney", "none"]) == expected
+    assert anchored.parse_subset(text, ["liver", "spleen", "kidney", "none"]) == expected
 
 
 def test_question_type_overrides_the_parser():
@@ -231,7 +233,7 @@ def test_question_type_overrides_the_parser():
 
 
 def test_parser_is_chosen_by_options():
-    parse = answer_parsers.parse_by_options
+    parse = anchored.parse_by_options
     assert parse("no, unlikely", ["Yes", "No"]) == "no"
     assert parse("no, unlikely", ["no tumor", "tumor"]) is None
     assert parse("70 ml", VOLUMES) == "50 to 200 ml"
@@ -255,7 +257,7 @@ def test_score():
 
 @given(st.text(max_size=40), st.lists(st.text(min_size=1, max_size=12), max_size=4))
 def test_parsers_never_raise_and_return_options(text, options):
-    for name, parse in answer_parsers.PARSERS.items():
+    for name, parse in parser_registry.PARSERS.items():
         found = parse(text, options)
         assert found is None or found
         if name in ("option", "number_range"):

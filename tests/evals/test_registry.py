@@ -15,10 +15,10 @@ from vilam3_jax.errors import UserError
 from vilam3_jax.evals import conditions
 from vilam3_jax.evals import main as evaluate
 from vilam3_jax.evals import protocol as protocols
-from vilam3_jax.evals.answer_parsers import PARSERS
 from vilam3_jax.evals.estimates import aggregated
 from vilam3_jax.evals.items import ITEM_RULES
 from vilam3_jax.evals.metrics.base import metric
+from vilam3_jax.evals.parsers import PARSERS
 from vilam3_jax.evals.prompts import PROMPTS
 
 # The meaning of a name never changes: a changed protocol has another hash, and needs another version.

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 from vilam3_jax.errors import UserError
 from vilam3_jax.evals import protocols
-from vilam3_jax.evals.answer_parsers import PARSERS, Parser, normalise
-from vilam3_jax.evals.answer_parsers import parse_by_options as parse_by_options
-from vilam3_jax.evals.answer_parsers import parse_yes_no as parse_yes_no
 from vilam3_jax.evals.items import ITEM_RULES, Item, ItemRule
+from vilam3_jax.evals.parsers import PARSERS, Parser
+from vilam3_jax.evals.parsers.anchored import normalise
+from vilam3_jax.evals.parsers.anchored import parse_by_options as parse_by_options
+from vilam3_jax.evals.parsers.anchored import parse_yes_no as parse_yes_no
 from vilam3_jax.evals.prompts import PROMPTS, PromptRule
 
 ENTRY_POINTS = "vilam3.protocols"

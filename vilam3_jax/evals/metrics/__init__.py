@@ -1,3 +1,6 @@
 """Metrics of answered questions, one module per kind; importing one registers its metrics."""
 
-MODULES = ("calibration", "classification", "expert_calls", "report_text")
+MODULES = (
+    "calibration", "classification", "detection", "expert_calls", "numbers", "question_kinds", "report_text",
+    "text_overlap",
+)  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from benchmarks import interval_coverage
 from vilam3_jax.evals import statistics
 
 
@@ -143,3 +144,10 @@ def test_paired_difference_refuses_foreign_and_doubled_items():
         statistics.paired_difference([row("1", "p", True)], [row("2", "p", True)])
     with pytest.raises(ValueError, match="twice"):
         statistics.paired_difference([row("1", "p", True), row("1", "p", True)], [row("1", "p", True)])
+
+
+@pytest.mark.slow
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """200 patients with 1 to 20 questions; docs/evaluation.md states the coverage of fewer."""
+    assert 0.93 <= interval_coverage.coverage(200, repeats=1000) <= 0.97
+    assert interval_coverage.coverage(200, repeats=200, by_patient=False) < 0.8

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import estimates, statistics, tables
+from vilam3_jax.evals import estimates, published, statistics, tables
 from vilam3_jax.evals.items import GROUP_KEYS
 from vilam3_jax.evals.metrics.base import metric
 from vilam3_jax.evals.protocol import Protocol
@@ -29,7 +29,7 @@ def _compare(argv: Sequence[str]) -> int:
         prog="vilam3 evaluate compare", description="One table of several results, and paired differences."
     )
     parser.add_argument("results", nargs="+", help="folders written by `vilam3 evaluate --out`, two or more")
-    parser.add_argument("--out", help="also write the tables: FILE.md, or FILE.json")
+    parser.add_argument("--out", help="also write the tables: FILE.html, FILE.md or FILE.json")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     options = parser.parse_args(argv)
     if len(options.results) < 2:
@@ -44,6 +44,8 @@ def _compare(argv: Sequence[str]) -> int:
 def _write_tables(out: str | None, shown: Sequence[tables.Table]) -> None:
     if str(out).endswith(".json"):
         write_json(str(out), [dataclasses.asdict(table) for table in shown])
+    elif str(out).endswith(".html"):
+        paths.write_text_atomic(str(out), published.to_html("Evaluation", shown))
     elif out:
         paths.write_text_atomic(out, "\n".join(table.to_markdown() for table in shown))
 
@@ -102,7 +104,7 @@ def _repeats(argv: Sequence[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", help="folders with one result folder per arm, two or more")
     parser.add_argument("--arms", default="stage4_experts,stage4_no_experts", help="A,B: A minus B")
-    parser.add_argument("--out", help="also write the table: FILE.md, or FILE.json")
+    parser.add_argument("--out", help="also write the table: FILE.html, FILE.md or FILE.json")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     options = parser.parse_args(argv)
     arms = options.arms.split(",")
@@ -169,4 +171,21 @@ def protocol_estimates(
     return found
 
 
-COMMANDS = {"compare": _compare, "repeats": _repeats}
+def _published(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vilam3 evaluate published",
+        description="Published figures by benchmark and protocol, own results beside those of the same "
+        "protocol, and the averages that the paper claims.",
+    )
+    parser.add_argument("results", nargs="*", help="folders written by `vilam3 evaluate --out`")
+    parser.add_argument("--out", help="also write the tables: FILE.html, FILE.md or FILE.json")
+    options = parser.parse_args(argv)
+    results = [read_result(folder)[:2] for folder in options.results]
+    shown = [*published.published_tables(results), published.claimed_averages()]
+    for table in shown:
+        print(table.to_text())
+    _write_tables(options.out, shown)
+    return 0
+
+
+COMMANDS = {"compare": _compare, "published": _published, "repeats": _repeats}

@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilam3 evaluate",
         description="Measure a model on a protocol. `vilam3 evaluate compare A B ...` compares results, "
-        "`vilam3 evaluate repeats --arms=A,B DIR ...` pools a difference over repeated runs.",
+        "`vilam3 evaluate repeats --arms=A,B DIR ...` pools a difference over repeated runs, "
+        "`vilam3 evaluate published` shows published figures.",
     )
     add = parser.add_argument
     add("--checkpoint", help=f"{CHECKPOINT_HELP}; not for --arm=majority")

@@ -42,8 +42,8 @@ def test_corpus_has_every_parser_and_both_outcomes():
 WORDS = st.sampled_from(
     (
         "yes", "no", "none", "not", "A", "B", "(B)", "(", ")", "[", "]", "{", "}", ",", ";", ".", ":", "-",
-        "12", "1,200", "3.5", "ml", "mm", "%", "to", "or", "and", "the", "answer", "is", "<", ">", "e", "x", "/",
-        "|", "\\boxed{", "\n",
+        "12", "1,200", "3.5", "ml", "mm", "%", "to", "or", "and", "the", "answer", "is", "<", ">", "e", "x",
+        "/", "|", "\\boxed{", "\n",
     )
 )  # fmt: skip
 TEXTS = st.one_of(st.text(max_size=60), st.lists(WORDS, max_size=8).map(" ".join))

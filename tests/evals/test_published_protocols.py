@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 import numpy as np
 import pytest
 
@@ -12,8 +9,8 @@ from vilam3_jax.data.examples import Example, ImageRef
 from vilam3_jax.data.experts.record import Annotation, failed
 from vilam3_jax.datasets import chest_findings, chest_xray14, chexpert, medical_diff_vqa
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import metrics, protocols
 from vilam3_jax.evals import protocol as protocol_lib
+from vilam3_jax.evals import protocols
 from vilam3_jax.evals.items import ITEM_RULES, items_of
 from vilam3_jax.evals.metrics.base import metric
 from vilam3_jax.evals.parsers import PARSERS
@@ -26,8 +23,6 @@ PUBLISHED = {
     for module in (flare, llava_med, medevalkit, medgemma_card, vila_m3)
     for one in module.PROTOCOLS
 }
-for _module in pkgutil.iter_modules(metrics.__path__):
-    importlib.import_module(f"{metrics.__name__}.{_module.name}")
 
 
 class Context:

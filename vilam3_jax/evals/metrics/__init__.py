@@ -1,21 +1,6 @@
-"""Metrics of answered questions. Importing the package registers them."""
+"""Metrics of answered questions, one module per kind; importing one registers its metrics."""
 
-from vilam3_jax.evals.metrics import (
-    calibration,
-    classification,
-    detection,
-    expert_calls,
-    numbers,
-    report_text,
-    text_overlap,
-)
-
-__all__ = [
-    "calibration",
-    "classification",
-    "detection",
-    "expert_calls",
-    "numbers",
-    "report_text",
+MODULES = (
+    "calibration", "classification", "detection", "expert_calls", "numbers", "question_kinds", "report_text",
     "text_overlap",
-]
+)  # fmt: skip

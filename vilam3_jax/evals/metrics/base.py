@@ -8,12 +8,14 @@ A bootstrap evaluates a metric thousands of times. Most metrics are functions of
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
 from vilam3_jax.errors import UserError
+from vilam3_jax.evals import metrics
 
 Row = Mapping[str, Any]  # a line of `rows.jsonl`
 Resampled = Callable[[np.ndarray], np.ndarray]
@@ -119,11 +121,10 @@ def ratio(sums: np.ndarray) -> np.ndarray:
 
 ACCURACY = mean_of("accuracy", "correct")
 
-_Metric = TypeVar("_Metric", bound=Metric)
 _registry: dict[str, Metric] = {}
 
 
-def register(metric: _Metric) -> _Metric:
+def register(metric: Metric) -> Metric:
     """Adds a metric.
 
     Raises:
@@ -140,6 +141,8 @@ def metric(name: str) -> Metric:
     Raises:
       UserError: there is none; lists those there are.
     """
+    for module in metrics.MODULES:
+        importlib.import_module(f"{metrics.__name__}.{module}")
     if name not in _registry:
         raise UserError(f"metric {name!r}: not known; choose one of {', '.join(sorted(_registry))}")
     return _registry[name]

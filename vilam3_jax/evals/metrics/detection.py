@@ -66,8 +66,6 @@ def _f1_at(threshold: float) -> AdditiveMetric:
     )
 
 
-DETECTION_F1 = register(_f1_at(0.5))
-DETECTION_F1_LOOSE = register(_f1_at(0.3))
-MEAN_DETECTION_F1 = register(
-    AdditiveMetric("detection_f1_mean", _counts, lambda sums: 2 * sums[..., 1:].mean(-1) / sums[..., 0])
-)
+register(_f1_at(0.5))
+register(_f1_at(0.3))
+register(AdditiveMetric("detection_f1_mean", _counts, lambda sums: 2 * sums[..., 1:].mean(-1) / sums[..., 0]))

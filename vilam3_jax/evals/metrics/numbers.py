@@ -45,7 +45,7 @@ def _root(sums: np.ndarray) -> np.ndarray:
     return np.sqrt(ratio(sums))
 
 
-MAE = register(AdditiveMetric("mae", _errors(error_of, 1), ratio, higher_is_better=False))
-RMSE = register(AdditiveMetric("rmse", _errors(error_of, 2), _root, higher_is_better=False))
-FLARE_MAE = register(AdditiveMetric("flare_mae", _errors(_flare_error, 1), ratio, higher_is_better=False))
-FLARE_RMSE = register(AdditiveMetric("flare_rmse", _errors(_flare_error, 2), _root, higher_is_better=False))
+register(AdditiveMetric("mae", _errors(error_of, 1), ratio, higher_is_better=False))
+register(AdditiveMetric("rmse", _errors(error_of, 2), _root, higher_is_better=False))
+register(AdditiveMetric("flare_mae", _errors(_flare_error, 1), ratio, higher_is_better=False))
+register(AdditiveMetric("flare_rmse", _errors(_flare_error, 2), _root, higher_is_better=False))

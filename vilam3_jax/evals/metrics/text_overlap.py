@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 from vilam3_jax.evals.metrics.base import Row, ratio, register
-from vilam3_jax.evals.metrics.classification import (
+from vilam3_jax.evals.metrics.question_kinds import (
     NO,
     YES,
     is_closed,
     is_open,
     mean_over_groups,
     mean_where,
+    numbers_where,
     question_type,
 )
 from vilam3_jax.evals.parsers.published import normalise_word
@@ -67,13 +68,11 @@ def _is_counted(row: Row) -> bool:
     return is_closed(row) and not (_has_yes_no(row) and not _contains(row))
 
 
-TOKEN_F1 = register(mean_where("token_f1", _token_f1, lambda row: True))
-YES_NO_ACCURACY = register(mean_where("yes_no_accuracy", lambda row: float(row["correct"]), _is_yes_no))
-OPEN_RECALL = register(mean_where("open_recall", _vqa_recall, is_open))
-MACRO_OPEN_RECALL = register(
-    mean_over_groups("macro_open_recall", question_type, OPEN_RECALL.statistics, ratio, size=2)
+register(mean_where("token_f1", _token_f1, lambda row: True))
+register(mean_where("yes_no_accuracy", lambda row: float(row["correct"]), _is_yes_no))
+register(mean_where("open_recall", _vqa_recall, is_open))
+register(
+    mean_over_groups("macro_open_recall", question_type, numbers_where(_vqa_recall, is_open), ratio, size=2)
 )
-LLAVA_MED_CLOSED = register(mean_where("llava_med_closed_accuracy", _contains, is_closed))
-LLAVA_MED_CLOSED_AS_RELEASED = register(
-    mean_where("llava_med_closed_accuracy_as_released", _contains, _is_counted)
-)
+register(mean_where("llava_med_closed_accuracy", _contains, is_closed))
+register(mean_where("llava_med_closed_accuracy_as_released", _contains, _is_counted))

@@ -25,6 +25,7 @@ PARSERS: dict[str, Parser] = {
     "number": numbers.parse_number,
     "labels": labels.parse_labels,
     "choice": labels.parse_choice,
+    "choices": labels.parse_choices,
     "boxes": boxes.parse_boxes,
     "vila_m3_strip_lower": published.vila_m3_strip_lower,
     "vila_m3_lower": published.vila_m3_lower,

@@ -122,7 +122,7 @@ def _unit(text: str | None) -> str:
 
 
 def _number(text: str) -> float:
-    """Commas before groups of three digits separate thousands, as in 1,200; another is a decimal comma."""
+    """A comma before every group of three digits separates thousands, as in 1,200; another is decimal."""
     return float(text.replace(",", "" if re.fullmatch(_GROUPED, text) else "."))
 
 

@@ -69,4 +69,23 @@ def parse_choice(text: str, options: Sequence[str] = (), **spec: Any) -> str | N
     if (lettered := anchored.read_letter(normalise(text), letters)) is None:
         return None
     named, rest = lettered
+    if normalise(rest) in _NOTHING and normalise(named) not in _NOTHING:
+        return None
     return named if anchored.parse_option(rest, options) in (None, named) else None
+
+
+def parse_choices(text: str, options: Sequence[str] = (), **spec: Any) -> list[str] | None:
+    """Several options, by letters or texts, in the order of `options`: '(A),(C)' or 'B; D. edema'.
+
+    Parts are separated as in `parse_labels`, or by 'and'. None for: a part that is no option; an option for
+    nothing, such as 'none of the above', beside others.
+    """
+    parts = [part for part in re.split(r"[;\n|,]|\band\b", text[:_MAX_TEXT]) if normalise(part)]
+    chosen = {parse_choice(part, options) for part in parts}
+    if (
+        not chosen
+        or None in chosen
+        or (len(chosen) > 1 and any(normalise(one or "") in _NOTHING for one in chosen))
+    ):
+        return None
+    return [option for option in options if option in chosen]

@@ -66,8 +66,7 @@ _QUANTITY = re.compile(
     rf"(?:\s*-?\s*(?P<unit>{_UNIT})(?![\w^³²/]))?(?P<rest>\s*[^\W\d_]*)"
 )
 _BOUND = re.compile(
-    r"\b(?:not|no|(?:less|more|greater|fewer) than|under|below|over|above|at least|at most|up to)\s*$"
-    r"|\bexceeds?\s*$"
+    r"\b(?:not|no|(?:less|more|greater|fewer) than|under|below|over|above|at (?:least|most)|up to)\s*$"
     r"|(?:[<>]=?|[≤≥±×*/^])\s*$"
 )
 _GOES_ON = re.compile(r"\s*(?:[/×*^±]|(?:-|to|or|and|x|by|of|out of)\s*[0-9])")
@@ -101,7 +100,8 @@ def parse_number(
     """The only number of an answer, in `unit`.
 
     A comma before groups of three digits separates thousands, another one is decimal. A number without unit
-    has `unit`; one with another unit is converted. Read twice in two units, the values must agree.
+    has `unit`; one with another unit is converted. Read twice in two units, the values must agree. Numbers
+    may have 20 digits on each side of the point, and a decimal exponent of two digits.
 
     None for: no number or several; a bound such as '< 5' or 'not 5'; a range; a unit of another dimension, or
     any unit of measurement if `unit` is ''; a word instead of `unit`; a value outside [minimum, maximum];

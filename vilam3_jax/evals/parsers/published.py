@@ -166,7 +166,17 @@ def medevalkit(text: str, options: Sequence[str] = (), **spec: Any) -> str | Non
     contains, as a part of any word; None if it contains both or none. Otherwise the text in lower case,
     without outer whitespace; without full stops and line breaks too if `answer_type` is 'closed'.
     """
-    answer = _marked(_extracted(text).lower().strip())
+    answer = _boxed(text)
+    # The script looks for a box and for tags twice; a second box that cannot be read leaves no answer.
+    answer = (_tagged(text) if answer is None else answer).lower().strip()
+    if "boxed" in answer:
+        answer = _boxed(answer)
+        if answer is None:
+            return None
+    else:
+        answer = _tagged(answer)
+    for mark in _ANSWER_MARKS:
+        answer = answer.rpartition(mark)[2]
     if {option.lower() for option in options} == {"yes", "no"}:
         answer = answer.replace("\n", "").replace(".", "")
         found = [word for word in ("yes", "no") if word in answer]
@@ -176,23 +186,20 @@ def medevalkit(text: str, options: Sequence[str] = (), **spec: Any) -> str | Non
     return answer.strip() or None
 
 
-def _extracted(text: str) -> str:
-    """The content of the last box, or else of the answer tags, or else the text."""
+def _boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{}`; None without one, and for one that is not closed."""
     start = text.rfind(_BOX)
-    if start >= 0:
-        depth = 1
-        for end in range(start + len(_BOX), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len(_BOX) : end].strip()
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return " ".join(tagged).strip() or text
+    depth = 1
+    for end in range(start + len(_BOX), len(text) if start >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len(_BOX) : end].strip()
+    return None
 
 
-def _marked(answer: str) -> str:
-    for mark in _ANSWER_MARKS:
-        answer = answer.rpartition(mark)[2]
-    return answer
+def _tagged(text: str) -> str:
+    """The contents of the answer tags, or else the text."""
+    return " ".join(re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)).strip() or text
 
 
 # --- FLARE

@@ -10,6 +10,7 @@ from vilam3_jax.evals.items import Item, qa_of_studies
 from vilam3_jax.evals.parsers.published import flare_labels
 from vilam3_jax.evals.prompts import PromptContext, Request
 from vilam3_jax.evals.protocol import Protocol, register
+from vilam3_jax.evals.protocols.reports import parse_report
 
 LABELS = "multi_label_classification"
 
@@ -94,7 +95,7 @@ PROTOCOLS = (
     ),
     _protocol(
         "report_generation",
-        "flare_report",
+        "report",
         "rouge_l",
         ("bleu_4", "cider"),
         "ROUGE-L of reports. The challenge's GREEN and CRIMSON need a language model; they are computed from "
@@ -102,17 +103,10 @@ PROTOCOLS = (
         tokens=1024,
     ),
 )
-
-
-def parse_report(text: str, options: object = (), **answer_spec: object) -> str | None:
-    """The report in one line; None if it is empty."""
-    return " ".join(text.split()) or None
-
-
 for _one in PROTOCOLS:
     register(
         _one,
-        {"flare_report": parse_report},
+        {"report": parse_report},
         prompts={"flare": prompt},
         item_rules={"flare_scored_questions": scored_questions},
     )

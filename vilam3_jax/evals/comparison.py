@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vilam3_jax.errors import UserError
-from vilam3_jax.evals import estimates, published, statistics, tables
+from vilam3_jax.evals import estimates, fairness, published, statistics, tables
 from vilam3_jax.evals.items import GROUP_KEYS
 from vilam3_jax.evals.metrics.base import metric
 from vilam3_jax.evals.protocol import Protocol
@@ -188,4 +188,14 @@ def _published(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"compare": _compare, "published": _published, "repeats": _repeats}
+def _fairness(argv: Sequence[str]) -> int:
+    options = fairness.parser().parse_args(argv)
+    _, _, rows = read_result(options.result)
+    found = fairness.gaps(rows, options.by.split(","), min_patients=options.min_patients, seed=options.seed)
+    table = fairness.gap_table(found)
+    print(table.to_text())
+    _write_tables(options.out, [table])
+    return 0
+
+
+COMMANDS = {"compare": _compare, "fairness": _fairness, "published": _published, "repeats": _repeats}

@@ -100,8 +100,8 @@ def parse_number(
     """The only number of an answer, in `unit`.
 
     A comma before groups of three digits separates thousands, another one is decimal. A number without unit
-    has `unit`; one with another unit is converted. Read twice in two units, the values must agree. Numbers may
-    have 20 digits on each side of the point, and a decimal exponent of two digits.
+    has `unit`; one with another unit is converted. Read twice in two units, the values must agree. Numbers
+    may have 20 digits on each side of the point, and a decimal exponent of two digits.
 
     None for: no number or several; a bound such as '< 5' or 'not 5'; a range; a unit of another dimension, or
     any unit of measurement if `unit` is ''; a word instead of `unit`; a value outside [minimum, maximum];

@@ -44,7 +44,7 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[Any, Any], tuple[Any, Any]], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the times; returns 1 if a parser is over the budget."""
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options = argparse.ArgumentParser(description="Times parsers and metrics of answers.")
     options.add_argument("--items", type=int, default=100_000, help="answers of each parser")
     items = options.parse_args(argv).items
     cases: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -11,7 +11,8 @@ from vilam3_jax.evals.metrics import calibration
 from vilam3_jax.evals.metrics.base import metric
 
 NAMES = (
-    "accuracy", "f1", "balanced_accuracy", "auroc", "average_precision", "brier", "nll", "ece", "aurc",
+    "accuracy", "positive_f1", "balanced_accuracy", "auroc", "average_precision", "brier", "nll", "ece",
+    "aurc",
 )  # fmt: skip
 
 
@@ -48,14 +49,12 @@ def test_equal_to_scikit_learn():
     rows = rows_of()
     gold = np.asarray([row["gold"] == "yes" for row in rows])
     score = np.asarray([row["probabilities"]["yes"] for row in rows])
-    said = np.asarray([row["parsed"] == "yes" for row in rows])
     labels = np.asarray([str(row["parsed"]) for row in rows])
     names = np.asarray([row["gold"] for row in rows])
     wanted = {
-        "f1": sklearn_metrics.f1_score(gold, said),
         "auroc": sklearn_metrics.roc_auc_score(gold, score),
         "average_precision": sklearn_metrics.average_precision_score(gold, score),
-        "brier": 2 * sklearn_metrics.brier_score_loss(gold, score),  # both options are summed
+        "brier": sklearn_metrics.brier_score_loss(gold, score),
         "nll": sklearn_metrics.log_loss(gold, score),
         "accuracy": (labels == names).mean(),
         "balanced_accuracy": np.mean([(labels == names)[names == one].mean() for one in ("yes", "no")]),
@@ -113,12 +112,13 @@ def test_selective_answers_rank_by_confidence():
 
 def test_means_over_question_types():
     rows = rows_of()
-    both = estimates.aggregated(metric("f1"), "mean_of_types")
+    both = estimates.aggregated(metric("positive_f1"), "mean_of_types")
     found = estimates.estimate(both, rows, arm="a")
-    parts = [value("f1", [row for row in rows if row["question_type"] == kind]) for kind in "ab"]
+    parts = [value("positive_f1", [row for row in rows if row["question_type"] == kind]) for kind in "ab"]
     assert found.value == pytest.approx(np.mean(parts))
     assert (
-        found.interval[0] < found.value < found.interval[1] and found.metric == "f1, mean over question_type"
+        found.interval[0] < found.value < found.interval[1]
+        and found.metric == "positive_f1, mean over question_type"
     )
     groups = estimates.group_rows(rows, "sex")
     assert list(groups) == ["sex=F", "sex=M"] and sum(map(len, groups.values())) == len(rows)
@@ -128,7 +128,7 @@ def test_a_metric_that_is_undefined_says_so():
     rows = [{**row, "gold": "no"} for row in rows_of(60)]
     found = estimates.estimate(metric("auroc"), rows, arm="a")
     assert (found.value, found.interval, found.note) == (None, None, estimates.UNDEFINED)
-    few = estimates.estimate(metric("f1"), rows_of(12), arm="a")
+    few = estimates.estimate(metric("positive_f1"), rows_of(12), arm="a")
     assert few.interval is None and few.note == estimates.TOO_FEW and few.clusters == 4
 
 
@@ -144,4 +144,4 @@ def test_a_contrast_is_paired():
     assert found.interval[0] > 0 and found.p_value < 0.001
     same = estimates.contrast(metric("accuracy"), rows, rows, name="none", arms=("b", "a"))
     assert same.difference == 0 and same.p_value == 1 and same.note == estimates.ALL_ALIKE
-    assert estimates.contrast(metric("f1"), rows[:5], rows[5:], name="none", arms=("b", "a")) is None
+    assert estimates.contrast(metric("positive_f1"), rows[:5], rows[5:], name="none", arms=("b", "a")) is None

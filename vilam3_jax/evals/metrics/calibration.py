@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -63,7 +64,8 @@ def fit_temperature(probabilities: Sequence[np.ndarray], right: np.ndarray) -> f
         chosen = [scale(p, temperature)[i] for p, i in zip(probabilities, right, strict=True)]
         return -float(np.log(np.asarray(chosen) + _TINY).mean())
 
-    return float(np.exp(minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x))
+    found: Any = minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded")
+    return float(np.exp(found.x))
 
 
 def _right(rows: Sequence[Row]) -> np.ndarray:
@@ -105,13 +107,14 @@ def _negative_log_likelihood(name: str, found: _Probabilities) -> AdditiveMetric
 
 
 def _brier(name: str, found: _Probabilities) -> AdditiveMetric:
-    """Sum over options of squared differences from the one-hot truth, averaged (Brier, 1950)."""
+    """Half the sum over options of squared differences from the one-hot truth (Brier, 1950), averaged.
+
+    For two options, it is the usual score of one of them.
+    """
 
     def statistics(rows: Sequence[Row]) -> np.ndarray:
-        right = _right(rows)
-        scores = [
-            float(((p - np.eye(len(p))[i]) ** 2).sum()) for p, i in zip(found(rows), right, strict=True)
-        ]
+        pairs = zip(found(rows), _right(rows), strict=True)
+        scores = [float(np.square(p - np.eye(len(p))[i]).sum()) / 2 for p, i in pairs]
         return np.stack([np.asarray(scores), np.ones(len(rows))], axis=1)
 
     return AdditiveMetric(name, statistics, ratio, higher_is_better=False)

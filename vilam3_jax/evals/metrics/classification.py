@@ -10,24 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vilam3_jax.evals.metrics.base import AdditiveMetric, Resampled, Row, WeightedMetric, register
+from vilam3_jax.evals.metrics.base import Resampled, Row, WeightedMetric, register
 
 POSITIVE = "yes"
-
-
-def _f1() -> AdditiveMetric:
-    """F1 of the positive class; 0 if nothing is positive, as in scikit-learn."""
-
-    def statistics(rows: Sequence[Row]) -> np.ndarray:
-        gold = np.asarray([row["gold"] == POSITIVE for row in rows])
-        said = np.asarray([row["parsed"] == POSITIVE for row in rows])
-        return np.stack([gold & said, gold, said], axis=1).astype(np.float64)
-
-    def value(sums: np.ndarray) -> np.ndarray:
-        total = sums[..., 1] + sums[..., 2]
-        return np.where(total > 0, 2 * sums[..., 0] / np.maximum(total, 1), 0.0)
-
-    return AdditiveMetric("f1", statistics, value)
 
 
 def _balanced_accuracy() -> WeightedMetric:
@@ -90,7 +75,6 @@ def _average_precision(positives: np.ndarray, negatives: np.ndarray) -> np.ndarr
     return (positives[:, ::-1] * precision).sum(axis=1) / positives.sum(axis=1)
 
 
-register(_f1())
 register(_balanced_accuracy())
 register(_ranked("auroc", _auroc))
 register(_ranked("average_precision", _average_precision))

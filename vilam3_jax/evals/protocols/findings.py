@@ -20,8 +20,8 @@ FINDINGS = register(
         max_new_tokens=1,
         description="Every question with the options yes and no, by the probabilities of both answers.",
         metrics=(
-            "accuracy", "f1", "average_precision", "brier", "brier_scaled", "ece", "ece_scaled", "nll",
-            "nll_scaled", "aurc",
+            "accuracy", "positive_f1", "average_precision", "brier", "brier_scaled", "ece", "ece_scaled",
+            "nll", "nll_scaled", "aurc",
         ),
         aggregation="mean_of_types",
         answers="probabilities",

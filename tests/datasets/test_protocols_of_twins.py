@@ -104,6 +104,7 @@ def test_five_findings_of_chexpert(chexpert_twin):  # noqa: F811
     examples = examples_of(CheXpert, chexpert_twin, "test")
     for name in ("vila-m3/parity/chexpert", "vila-m3/strict/chexpert", "medgemma-card/chexpert"):
         assert len(asked(name, examples)) == 3 * 5
+    assert len(asked("vila-m3/strict/chexpert-choices", examples)) == 3
 
 
 def test_families_of_flare(flare):  # noqa: F811

@@ -156,3 +156,30 @@ def test_contractions_are_those_of_the_vqa_challenge():
 
 def test_only_the_first_32_full_stops_are_deleted():
     assert published.normalise_word("x." * 40) == "x" * 32 + "x." * 8
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "(",
+        "(a",
+        "<answer>",
+        "\\boxed{",
+        "1 ",
+        "1,",
+        "1,200,",
+        "no ",
+        "yes or ",
+        "a, ",
+        "the answer is ",
+        "- ",
+        "?",
+        "[",
+    ],
+)
+def test_a_long_hostile_answer_ends(part):
+    """A parser whose time grows with the square of the length would take hours here."""
+    text = part * (200_000 // len(part))
+    for parse in PARSERS.values():
+        for options in ((), ("yes", "no"), ("A", "B"), ("less than 5 ml", "more than 5 ml")):
+            parse(text, options)

@@ -91,7 +91,7 @@ def test_a_protocol_names_what_exists(one):
 
 def test_every_published_module_is_listed_and_hashes_differ():
     assert {"flare", "llava_med", "medevalkit", "medgemma_card", "vila_m3"} <= set(protocols.MODULES)
-    assert len({one.hash for one in PUBLISHED.values()}) == len(PUBLISHED) == 33
+    assert len({one.hash for one in PUBLISHED.values()}) == len(PUBLISHED) == 36
 
 
 def test_names_of_findings_and_kinds_are_those_of_the_datasets():
@@ -202,6 +202,45 @@ def test_the_prompt_with_expert():
     )
     with pytest.raises(UserError, match=r"no result of CXR \(not computed\); give --annotations"):
         request("vila-m3/parity/chestxray14-expert", example)
+
+
+def test_the_dialogue_about_a_report_with_expert():
+    example = record("a", "mimic_cxr_reports", qa("?", "The lungs are clear.", "report"))
+    asked = protocol("vila-m3/parity/mimic-cxr-report-expert")
+    (item,) = items_of([example], asked)
+    found = PROMPTS[asked.prompt](item, Context(Atelectasis=0.51, Lung_Opacity=0.5))
+    assert found.question == (
+        "The resulting predictions are:\natelectasis: yes\nlung opacity: no\n. Analyze the image and take "
+        "these predictions into account when responding to this prompt.\nDescribe the image in detail."
+    )
+    ((first, call),) = found.history
+    assert first.startswith("Here is a list of available expert models:\n<BRATS(args)> Modality: MRI,")
+    assert first.endswith("expert model.\n This is a CXR image.\nDescribe the image in detail.")
+    assert call == "This looks like an chest x-ray. Let me first trigger <CXR()>."
+    with pytest.raises(UserError, match=r"no result of CXR \(not computed\); give --annotations"):
+        PROMPTS[asked.prompt](item, Context())
+
+
+def test_choices_ask_once_about_every_film_whose_findings_are_known():
+    name = "vila-m3/strict/chestxray14-choices"
+    examples = [
+        film("a", "chest_xray14", fracture="yes", pneumothorax="no", airspace_opacity="yes", nodule="yes"),
+        film("b", "chest_xray14", fracture="no", pneumothorax="no", airspace_opacity="no"),
+        film("c", "chest_xray14", fracture="no", pneumothorax="no"),
+    ]
+    rows = rows_of(name, examples, ["(A),(B)", "(D) None of the Above"])
+    assert [row["item"] for row in rows] == ["a/findings", "b/findings"]
+    assert [row["gold"] for row in rows] == [["Fracture", "Lung Opacity"], ["None of the Above"]]
+    assert value("label_f1", rows) == pytest.approx((1 / 2 + 1) / 2)
+    assert request(name, examples[0]) == (
+        "The following is a multiple-choice question about findings in chest X-ray in the frontal view. "
+        "Please reply with the corresponding answer choice letter(s).\n"
+        "Question: What are the potential abnormalities according to the provided X-ray image?\n"
+        "(A) Fracture\n(B) Pneumothorax\n(C) Lung Opacity\n(D) None of the Above\n"
+    )
+    five = dict.fromkeys(vila_m3.FINDINGS_CHEXPERT, "no") | {"pleural_effusion": "yes"}
+    (row,) = rows_of("vila-m3/strict/chexpert-choices", [film("a", "chexpert", **five)], ["E"])
+    assert row["correct"] and row["gold"] == ["Pleural effusion"]
 
 
 def test_a_nodule_is_a_no_in_parity_and_unparsed_in_strict():

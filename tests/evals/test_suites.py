@@ -131,10 +131,11 @@ def test_a_predictions_file_is_scored_like_a_model(common, world, tmp_path, caps
     (tmp_path / "theirs.jsonl").write_text("\n".join(lines))
     command = ["--protocol=quickstart@1", f"--data={world.data}", f"--out={tmp_path / 'theirs'}"]
     assert run(*command, f"--predictions={tmp_path / 'theirs.jsonl'}") == 0
-    found = rows_of(tmp_path / "theirs")
+    assert rows_of(tmp_path / "theirs/majority")  # the trivial baseline stands beside
+    found = rows_of(tmp_path / "theirs/predictions")
     assert [row["correct"] for row in found[:-1]] == [row["correct"] for row in rows[:-1]]
     assert found[-1]["missing"] and found[-1]["unparsed"] and not found[-1]["correct"]
-    assert json.loads((tmp_path / "theirs/result.json").read_text())["missing"] == 1
+    assert json.loads((tmp_path / "theirs/predictions/result.json").read_text())["missing"] == 1
     capsys.readouterr()
     (tmp_path / "other.json").write_text(json.dumps({"no such item": "yes"}))
     assert run(*command[:2], f"--out={tmp_path / 'x'}", f"--predictions={tmp_path / 'other.json'}") == 2

@@ -48,6 +48,7 @@ from vilam3_jax.inference.model_flags import CHECKPOINT_HELP, add_model_flags, m
 from vilam3_jax.runtime import paths, process_flags, processes
 
 _USUAL_SPLITS = ("test", "heldout")
+_DEFAULT_ARMS = ("model", "no_image", arm_lib.MAJORITY)  # no figure without trivial baselines beside it
 
 
 def main(argv: Sequence[str]) -> int:
@@ -204,10 +205,10 @@ def _arms(options: argparse.Namespace, protocol: protocols.Protocol) -> list[arm
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]}: give one source of answers")
     names: list[str] = str(options.arm or "").split(",")
-    if options.predictions and not options.arm:
-        names = ["predictions", *(name for name in protocol.arms if name == arm_lib.MAJORITY)]
-    elif not options.arm and options.experts is None and options.images is None and protocol.arms:
-        names = list(protocol.arms)
+    if not options.arm and options.experts is None and options.images is None:
+        names = list(protocol.arms or _DEFAULT_ARMS)
+        if options.predictions:
+            names = ["predictions", *(name for name in names if name == arm_lib.MAJORITY)]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--arm: {repeated[0]!r} is given twice")
     arms = [arm_lib.arm_of(name, options.experts, options.images) for name in names]

@@ -16,7 +16,7 @@ from vilam3_jax.evals.metrics.base import AdditiveMetric, Row, ratio, register
 
 
 def error_of(row: Row) -> float:
-    """|answer - right answer|, in the unit of the item; the largest possible one if the answer is unparsed.
+    """Absolute error in the unit of the item; the largest possible one if the answer is unparsed.
 
     NaN if that is unknown, because `answer_spec` lacks `minimum` or `maximum`.
     """
@@ -29,7 +29,7 @@ def error_of(row: Row) -> float:
 
 
 def _flare_error(row: Row) -> float:
-    """|answer - right answer|; an answer that is not a number counts as 0, as in FLARE26's `evaluate.py`."""
+    """Absolute error; an answer that is not a number counts as 0, as in FLARE26's `evaluate.py`."""
     return abs(float(row["parsed"] or 0.0) - float(row["gold"]))
 
 

@@ -17,7 +17,8 @@ def clean(report: str) -> str:
     """The report as VILA-M3 scores it; empty if nothing is left.
 
     Line breaks become spaces, and runs of spaces one. Sentences end at `?`, `!`, or a full stop without a
-    digit after it that is not of `a.m.`, `p.m.` or `Dr.`. What precedes the first `: ` of a sentence goes.
+    digit after it that is not of `a.m.`, `p.m.` or `Dr.`. What precedes a sentence's first colon with a space
+    after it goes.
     Each begins at its first letter, as a capital. Sentences of up to 6 characters are dropped, and so are
     questions, those without a letter, and exact repetitions. All end with one full stop.
 
